@@ -1,0 +1,62 @@
+# Everything from a fresh clone: `make demo` (real model, main job, readable result) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One torch for everything; installed first, so that no resolver brings another one in.
+TORCH := torch==2.13.0
+WHEEL := ls dist/cospadi-*.whl
+SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' \)) CMakeLists.txt pyproject.toml
+
+.PHONY: demo test lint format dev cpp-test bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python bench/demo/run.py _demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+	$(MAKE) cpp-test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q "$(TORCH)"
+	touch $@
+
+# Test and lint tools, as named by the package's own extra.
+$(VENV)/.dev: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install -q "$(TORCH)" "$$($(WHEEL))[gguf,dev]"
+	touch $@
+
+# The wheel is built the way a user's pip builds it: isolated, without torch.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	rm -rf dist
+	$(BIN)/pip wheel -q . --no-deps -w dist
+	$(BIN)/pip uninstall -q -y cospadi
+	$(BIN)/pip install -q "$(TORCH)" "$$($(WHEEL))[gguf]"
+	touch $@
+
+# Editable install for work on the sources; `make test` afterwards goes back to the wheel.
+dev: $(VENV)/.dev
+	$(BIN)/pip install -q --no-build-isolation -e .[gguf]
+	rm -f $(VENV)/.installed
+
+# C++ tests need GoogleTest (Debian: libgtest-dev); without it they are reported as skipped.
+cpp-test:
+	@if $(PYTHON) -c "import os,sys; sys.exit(not any(os.path.exists(p) for p in ('/usr/include/gtest/gtest.h','/usr/local/include/gtest/gtest.h')))"; then \
+	  cmake -S . -B build/cpp-test -G Ninja -DCMAKE_BUILD_TYPE=Release -DCOSPADI_BUILD_TESTS=ON -DCOSPADI_CUDA=OFF >/dev/null && \
+	  cmake --build build/cpp-test >/dev/null && ctest --test-dir build/cpp-test --output-on-failure; \
+	else echo "C++ tests skipped: GoogleTest is not installed (libgtest-dev)"; fi
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check python tests bench
+	$(BIN)/ruff format --check python tests bench
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix python tests bench
+	$(BIN)/ruff format python tests bench
+	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
+
+clean:
+	rm -rf build dist _demo $(VENV)

@@ -1,0 +1,33 @@
+# CUDA is optional: with a compiler the .cu files are built for every architecture we name, without
+# one the same symbols answer "built without CUDA". The runtime is linked statically, so one wheel
+# imports on machines with and without a GPU. Included at top level: enable_language needs that scope.
+set(COSPADI_HAS_CUDA OFF)
+if(NOT COSPADI_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(COSPADI_HAS_CUDA ON)
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120-real 120-virtual)
+    endif()
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    message(STATUS "cospadi: building with CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
+  elseif(COSPADI_CUDA STREQUAL "ON")
+    message(FATAL_ERROR
+      "COSPADI_CUDA=ON, but no CUDA compiler was found: put nvcc on PATH or set CUDACXX")
+  endif()
+endif()
+
+function(cospadi_add_cuda target)
+  if(NOT COSPADI_HAS_CUDA)
+    message(STATUS "cospadi: building without CUDA")
+    target_sources(${target} PRIVATE csrc/cuda/unavailable.cpp)
+    return()
+  endif()
+  set_target_properties(${target} PROPERTIES
+    # CMake 3.25 does not know nvcc 13's C++20 flag
+    CUDA_STANDARD 17 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_RUNTIME_LIBRARY Static)
+  target_sources(${target} PRIVATE csrc/cuda/device.cu)
+  target_link_libraries(${target} PUBLIC CUDA::cudart_static)
+endfunction()

@@ -1,0 +1,48 @@
+// Kernels compiled for avx512. Everything is inside one namespace: no code is shared with other targets.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernel_table.hpp"
+#include <immintrin.h>
+
+#define COSPADI_VECTOR_BYTES 64
+#define COSPADI_TARGET_AVX512 1
+
+namespace cospadi::cpu::avx512 {
+namespace {
+#include "cpu/vec.hpp"
+#include "cpu/lanes.hpp"
+#include "cpu/gemm_kernel.inl"
+#include "cpu/convert.inl"
+#include "cpu/sparse_gemm_expand_avx512.inl"
+#include "cpu/sparse_gemm_format.inl"
+#include "cpu/sparse_gemm_few.inl"
+#include "cpu/sparse_gemm_panels.inl"
+#include "cpu/sparse_gemm_entry.inl"
+#include "cpu/omp_history.inl"
+#include "cpu/omp_kernel.inl"
+#include "cpu/dictionary_kernel.inl"
+}  // namespace
+}  // namespace cospadi::cpu::avx512
+
+namespace cospadi::cpu {
+
+const KernelTable& avx512_table() {
+  static const KernelTable table = {
+      .name = "avx512",
+      .gemm_f32 = avx512::make_gemm_kernels<float>(),
+      .gemm_f64 = avx512::make_gemm_kernels<double>(),
+      .sparse_gemm = avx512::make_sparse_gemm_kernels(),
+      .omp_f32 = avx512::omp::make_entry<float>(),
+      .omp_f64 = avx512::omp::make_entry<double>(),
+      .dictionary_f32 = avx512::dictionary::make_entry<float>(),
+      .dictionary_f64 = avx512::dictionary::make_entry<double>(),
+  };
+  return table;
+}
+
+}  // namespace cospadi::cpu

@@ -1,0 +1,28 @@
+/// Errors of the C++ API.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace cospadi {
+
+enum class ErrorCode {
+  kInvalidArgument = 1,  ///< a shape, size, value or pointer that the caller can fix
+  kOutOfMemory = 2,      ///< the workspace could not be allocated
+  kNoCuda = 3,           ///< CUDA was asked for, but the build or the machine has none
+  kCuda = 4,             ///< a CUDA call failed; the message names it
+};
+
+/// The only exception the library throws, and only from the entry checks of a call: when it is
+/// thrown no output has been written.
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  ErrorCode code() const noexcept { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+}  // namespace cospadi

@@ -1,0 +1,1 @@
+"""Calibration: text to token batches, and the statistics of activations over them."""

@@ -1,0 +1,253 @@
+"""Streaming token batches through the model and collecting one activation Gram per distinct input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.calibration.capture import (
+    GramObserver,
+    InputGroup,
+    find_input_groups,
+    observe_inputs,
+    run_forward,
+)
+from cospadi.calibration.ids import check_ids
+from cospadi.errors import InputError
+from cospadi.model.discover import TargetLinear, decoder_blocks
+
+Progress = Callable[[int, int], None]
+
+# Tokens of the forward pass that finds out who shares an input; the answer does not depend on the tokens, except for
+# routed experts, which `find_input_groups` treats separately.
+_PROBE_TOKENS = 64
+
+
+@dataclass(eq=False)
+class ActivationGram:
+    """Second moment of the input of one or several linear layers.
+
+    Attributes
+    ----------
+    gram
+        X^T X / n_tokens, [d_in, d_in], fp64, symmetric, on the model's device.
+    n_tokens
+        Rows of X.
+    n_nonfinite
+        Always 0: a non-finite activation is an error. Recorded so that reports can say so.
+    members
+        Names of the modules that receive this input.
+    """
+
+    gram: Tensor
+    n_tokens: int
+    n_nonfinite: int
+    members: list[str]
+
+
+@dataclass(eq=False)
+class GramPass:
+    """Result of one pass over the calibration tokens.
+
+    Attributes
+    ----------
+    index, n_passes
+        Number of this pass (from 0) and of all passes.
+    grams
+        Gram of each distinct input; the key is the name of the first module that receives it.
+    seconds
+        Duration of the pass.
+    """
+
+    index: int
+    n_passes: int
+    grams: dict[str, ActivationGram]
+    seconds: float
+
+
+def collect_grams(
+    model: nn.Module,
+    targets: Sequence[TargetLinear],
+    ids: Tensor,
+    *,
+    batch_size: int = 8,
+    max_gram_bytes: int | None = None,
+    progress: Progress | None = None,
+    skip_targets: AbstractSet[str] = frozenset(),
+) -> Iterator[GramPass]:
+    """Run the calibration tokens through the model and collect the Grams of the targets' inputs.
+
+    Parameters
+    ----------
+    model
+        Causal language model. Only its decoder runs, without the head, and only up to the last needed block.
+    targets
+        Layers whose inputs are wanted.
+    ids
+        Token ids [n_samples, length], integer.
+    batch_size
+        Sequences per forward pass. The Grams do not depend on it beyond fp32 rounding.
+    max_gram_bytes
+        Bound on the fp64 Grams held at a time. Above it the tokens are streamed several times, each pass collecting
+        a range of decoder blocks. None means one pass.
+    progress
+        Called with (finished batches, all batches of all passes).
+    skip_targets
+        Names of targets to leave out.
+
+    Yields
+    ------
+    GramPass
+        One per pass, in the order of the blocks. Together they name every target once. The generator keeps no
+        reference; drop the Grams (``grams.clear()``) before asking for the next pass, or both lie in memory.
+
+    Raises
+    ------
+    InputError
+        An activation is not finite (names the module), ids lie outside the vocabulary or are longer than the model's
+        context, a target is never reached, or the largest Gram alone exceeds `max_gram_bytes`.
+
+    Notes
+    -----
+    Memory: the Grams (8 d_in^2 bytes each) plus the activations of one batch. Deterministic for a given thread count.
+    """
+    wanted = [target for target in targets if target.name not in skip_targets]
+    if ids.ndim != 2:
+        raise InputError(f"calibration ids must be [n_samples, length], got {list(ids.shape)}")
+    check_ids(model, ids, length=ids.shape[1])
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if not wanted:
+        return iter(())
+    return _collect(model, wanted, ids, batch_size, max_gram_bytes, progress)
+
+
+def _collect(
+    model: nn.Module,
+    targets: Sequence[TargetLinear],
+    ids: Tensor,
+    batch_size: int,
+    max_gram_bytes: int | None,
+    progress: Progress | None,
+) -> Iterator[GramPass]:
+    device = next(model.parameters()).device
+    modules = {target.name: model.get_submodule(target.name) for target in targets}
+    decoder = _decoder_with(model, modules)
+    blocks = [block for _, block in decoder_blocks(model)]
+    was_training = model.training
+    model.eval()  # dropout would enter the statistics
+    try:
+        groups = find_input_groups(
+            decoder,
+            modules,
+            {target.name: target.d_in for target in targets},
+            {target.name: target.block for target in targets},
+            ids[:1, :_PROBE_TOKENS].to(device),
+        )
+        passes = _plan_passes(groups, max_gram_bytes)
+        n_batches = -(-ids.shape[0] // batch_size)
+        for index, part in enumerate(passes):
+            stream = _Stream(decoder, modules, blocks, ids, batch_size, device)
+            count = _offset_progress(progress, index * n_batches, len(passes) * n_batches)
+            # yielded at once: a local name would keep the Grams alive while the caller works on them
+            yield _run_pass(stream, part, index, len(passes), count)
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """What every pass runs: the decoder, its watched modules, and the tokens."""
+
+    decoder: nn.Module
+    modules: Mapping[str, nn.Module]
+    blocks: Sequence[nn.Module]
+    ids: Tensor
+    batch_size: int
+    device: torch.device
+
+
+def _offset_progress(
+    progress: Progress | None, done_before: int, total: int
+) -> Callable[[int], None]:
+    def count(done: int) -> None:
+        if progress is not None:
+            progress(done_before + done, total)
+
+    return count
+
+
+def _run_pass(
+    stream: _Stream,
+    part: Sequence[InputGroup],
+    index: int,
+    n_passes: int,
+    count: Callable[[int], None],
+) -> GramPass:
+    started = time.perf_counter()
+    observer = GramObserver(part, stream.device)
+    watched = {name: stream.modules[name] for group in part for name in group.members}
+    with observe_inputs(watched, observer, _stop_block(part, stream.blocks)):
+        for number, batch in enumerate(torch.split(stream.ids, stream.batch_size)):
+            run_forward(stream.decoder, batch.to(stream.device))
+            count(number + 1)
+    return GramPass(index, n_passes, _finish(part, observer), time.perf_counter() - started)
+
+
+def _plan_passes(
+    groups: Sequence[InputGroup], max_gram_bytes: int | None
+) -> list[list[InputGroup]]:
+    """Cut the groups, in block order, into passes whose Grams fit."""
+    outside = max((group.last_block or 0 for group in groups), default=0) + 1
+    ordered = sorted(groups, key=lambda g: outside if g.last_block is None else g.last_block)
+    passes: list[list[InputGroup]] = [[]]
+    held = 0
+    for group in ordered:
+        if max_gram_bytes is not None and group.gram_bytes > max_gram_bytes:
+            raise InputError(
+                f"max_gram_bytes = {max_gram_bytes} is less than the Gram of {group.key} needs: "
+                f"{group.gram_bytes} bytes (8 x {group.d_in}^2)"
+            )
+        if max_gram_bytes is not None and held + group.gram_bytes > max_gram_bytes:
+            passes.append([])
+            held = 0
+        passes[-1].append(group)
+        held += group.gram_bytes
+    return passes
+
+
+def _stop_block(part: Sequence[InputGroup], blocks: Sequence[nn.Module]) -> nn.Module | None:
+    """Return the last block that a pass needs, or None if it has to run the whole decoder."""
+    last = [group.last_block for group in part]
+    known = [index for index in last if index is not None]
+    return blocks[max(known)] if len(known) == len(last) else None
+
+
+def _finish(part: Sequence[InputGroup], observer: GramObserver) -> dict[str, ActivationGram]:
+    grams = {}
+    for group in part:
+        accumulator = observer.accumulators.pop(group.key)
+        if accumulator.n_tokens == 0:
+            raise InputError(
+                f"no calibration token reached {group.key}: use more calibration samples, or ignore the module"
+            )
+        grams[group.key] = ActivationGram(
+            accumulator.mean(), accumulator.n_tokens, 0, list(group.members)
+        )
+    return grams
+
+
+def _decoder_with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return the model's decoder if every module lies in it, else the whole model."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    if isinstance(decoder, nn.Module):
+        inside = {id(module) for module in decoder.modules()}
+        if all(id(module) in inside for module in modules.values()):
+            return decoder
+    return model

@@ -1,0 +1,1 @@
+"""Reading, writing and checking compressed checkpoints (FORMAT.md)."""

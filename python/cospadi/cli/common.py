@@ -1,0 +1,66 @@
+"""What several commands share: recipe options, quiet libraries, JSON output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cospadi.errors import InputError
+
+if TYPE_CHECKING:
+    from cospadi.pipeline.recipe import Recipe
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and advice out of our output; errors stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers|torch")
+
+
+def build_recipe(recipe_file: Path | None, options: dict[str, Any], settings: list[str]) -> Recipe:
+    """Recipe from file, then options, then ``--set``; later ones win. Options left at None do not count."""
+    from cospadi.pipeline.recipe import load_recipe, parse_setting, recipe_from_mapping
+
+    data: dict[str, Any] = load_recipe(recipe_file) if recipe_file is not None else {}
+    data.update({key: value for key, value in options.items() if value not in (None, [])})
+    data.update(parse_setting(text) for text in settings)
+    return recipe_from_mapping(data, source=str(recipe_file) if recipe_file else "settings")
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's thread count, which the native kernels follow."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def write_json(path: Path | None, data: object) -> None:
+    """Write ``data`` as JSON if a path was given; ``-`` is standard output."""
+    if path is None:
+        return
+    text = json.dumps(data, indent=1, allow_nan=False)
+    if str(path) == "-":
+        print(text)
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def megabytes(n_bytes: float) -> str:
+    """Bytes as MB (10^6) with three significant digits."""
+    return f"{n_bytes / 1e6:.4g} MB"

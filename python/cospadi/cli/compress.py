@@ -1,0 +1,90 @@
+"""``cospadi compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from cospadi.cli.common import build_recipe, megabytes, quiet_libraries
+from cospadi.cli.live import make_listener
+
+EXIT_PARTIAL = 3
+
+
+def compress_command(
+    model: str = typer.Argument(..., help="Hugging Face folder, hub id, or GGUF file."),
+    out: Path = typer.Option(..., "--out", "-o", help="New directory for the smaller checkpoint."),
+    ratio: float | None = typer.Option(
+        None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
+    ),
+    ratio_convention: str | None = typer.Option(
+        None,
+        help="What the ratio counts: stored bytes with the mask [stored], or values only (nominal).",
+    ),
+    method: str | None = typer.Option(None, help="cospadi, svd-llm or svd [cospadi]."),
+    solver: str | None = typer.Option(None, help="Sparse coding: omp or ormp [omp]."),
+    iterations: int | None = typer.Option(None, help="Alternations of coding and atom update [8]."),
+    power_iterations: int | None = typer.Option(None, help="Power iterations per atom [1]."),
+    k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
+    init: str | None = typer.Option(None, help="First dictionary: svd, columns or random [svd]."),
+    calibration: str | None = typer.Option(
+        None, help="Text, JSON-lines or token file, hub data set, or 'builtin' [builtin]."
+    ),
+    samples: int | None = typer.Option(None, help="Calibration windows [64]."),
+    sequence_length: int | None = typer.Option(None, help="Tokens per window [1024]."),
+    seed: int | None = typer.Option(None, help="Seed of the sample and of random inits [42]."),
+    target: list[str] = typer.Option(
+        [], help="Regular expression on module names to compress; repeatable."
+    ),
+    ignore: list[str] = typer.Option(
+        [], help="Regular expression on module names to leave; repeatable."
+    ),
+    recipe: Path | None = typer.Option(None, help="YAML file with any of these settings."),
+    settings: list[str] = typer.Option(
+        [], "--set", help="key=value, over file and options; repeatable."
+    ),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    threads: int | None = typer.Option(None, help="Threads; all cores by default."),
+) -> None:
+    """Compress MODEL into the directory --out, a normal Hugging Face folder.
+
+    Finished matrices are kept in OUT.work: after Ctrl-C or a crash the same command resumes. OUT.log.jsonl
+    holds one JSON line per event. Exit code 3: some layers had to stay dense.
+    """
+    quiet_libraries()
+    options = {
+        "ratio": ratio,
+        "ratio_convention": ratio_convention,
+        "method": method,
+        "solver": solver,
+        "iterations": iterations,
+        "power_iterations": power_iterations,
+        "k_over_s": k_over_s,
+        "init": init,
+        "calibration": calibration,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "targets": target,
+        "ignore": ignore,
+    }
+    built = build_recipe(recipe, options, settings)
+    from cospadi.pipeline.compress import compress
+
+    with make_listener() as listener:
+        result = compress(
+            model, out, built, device=device, num_threads=threads, listener=listener.handle
+        )
+    plan = result.plan
+    typer.echo(
+        f"{result.out_dir}: {len(result.reports)} linears, {megabytes(plan.dense_bits / 8)} -> "
+        f"{megabytes(plan.stored_bits / 8)} (removed {plan.stored_ratio:.1%} of bytes with mask, "
+        f"{plan.values_ratio:.1%} of values), {result.seconds:.0f} s"
+    )
+    if result.failed:
+        typer.echo(
+            f"partial: {len(result.failed)} layers stayed dense: {', '.join(result.failed)}",
+            err=True,
+        )
+        raise typer.Exit(EXIT_PARTIAL)

@@ -1,0 +1,197 @@
+"""Progress of a running compression: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import typer
+
+Event = dict[str, Any]
+VISIBLE_ROWS = 12
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Eta:
+    """Remaining time from the planned cost of what is done, resumed modules not counted."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._done = 0.0
+        self._fresh = 0.0
+        self._spent = 0.0
+
+    def start(self, total_cost: float) -> None:
+        """Set the planned cost of all modules."""
+        self._total = total_cost
+
+    def add(self, event: Event) -> None:
+        """Account for one finished module."""
+        self._done += event["cost"]
+        if not event.get("resumed"):
+            self._fresh += event["cost"]
+            self._spent += event.get("seconds", 0.0)
+
+    def text(self) -> str:
+        """Remaining time, or ``-`` while unknown."""
+        if self._fresh <= 0.0:
+            return "-"
+        return duration(max(0.0, self._total - self._done) * self._spent / self._fresh)
+
+
+class PlainListener:
+    """One line per module."""
+
+    def __init__(self) -> None:
+        self._eta = Eta()
+        self._last_calibration = -1
+
+    def __enter__(self) -> PlainListener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing to release."""
+
+    def handle(self, event: Event) -> None:
+        """Print what the event says."""
+        handler: Callable[[Event], None] | None = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_start(self, event: Event) -> None:
+        self._eta.start(event["total_cost"])
+        typer.echo(describe_start(event))
+
+    def _on_resume(self, event: Event) -> None:
+        typer.echo(f"resuming: {event['n_finished']} of {event['n_modules']} matrices are finished")
+
+    def _on_dense(self, event: Event) -> None:
+        typer.echo(f"left dense: {event['module']}: {event['reason']}")
+
+    def _on_failed(self, event: Event) -> None:
+        self._eta.add(event)
+        typer.echo(f"FAILED, left dense: {event['module']}: {event['reason']}", err=True)
+
+    def _on_calibration(self, event: Event) -> None:
+        tenth = 10 * event["done"] // max(1, event["total"])
+        if tenth != self._last_calibration:
+            self._last_calibration = tenth
+            typer.echo(f"calibration: {event['done']} of {event['total']} batches")
+
+    def _on_module(self, event: Event) -> None:
+        self._eta.add(event)
+        if event["resumed"]:
+            return
+        typer.echo(
+            f"[{event['index']}/{event['total']}] {event['module']} {event['d_in']}x{event['d_out']} "
+            f"k={event['n_atoms']} s={event['sparsity']} error={event['relative_error']:.4f} "
+            f"{event['seconds']:.1f} s, {self._eta.text()} left"
+        )
+
+
+class LiveListener(PlainListener):
+    """A table that redraws in place: the last modules, and what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.live import Live
+
+        self._rows: deque[Event] = deque(maxlen=VISIBLE_ROWS)
+        self._status = "loading"
+        self._current = ""
+        self._live = Live(get_renderable=self._render, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> LiveListener:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._current = ""
+        self._live.__exit__(kind, error, traceback)
+
+    def _print(self, text: str) -> None:
+        from rich.text import Text
+
+        self._live.console.print(Text(text))
+
+    def _on_start(self, event: Event) -> None:
+        self._eta.start(event["total_cost"])
+        self._print(describe_start(event))
+
+    def _on_resume(self, event: Event) -> None:
+        self._print(
+            f"resuming: {event['n_finished']} of {event['n_modules']} matrices are finished"
+        )
+
+    def _on_dense(self, event: Event) -> None:
+        self._print(f"left dense: {event['module']}: {event['reason']}")
+
+    def _on_failed(self, event: Event) -> None:
+        self._eta.add(event)
+        self._print(f"FAILED, left dense: {event['module']}: {event['reason']}")
+
+    def _on_calibration(self, event: Event) -> None:
+        self._status = f"calibration: {event['done']} of {event['total']} batches"
+
+    def _on_iteration(self, event: Event) -> None:
+        self._current = f"{event['module']}: iteration {event['iteration']}, error {event['error_after_update']:.4f}"
+
+    def _on_module(self, event: Event) -> None:
+        self._eta.add(event)
+        self._current = ""
+        self._rows.append(event)
+        self._status = f"{event['index']} of {event['total']} done, {self._eta.text()} left"
+
+    def _on_done(self, event: Event) -> None:
+        self._status = f"done in {duration(event['seconds'])}"
+
+    def _render(self) -> Any:  # noqa: ANN401
+        from rich.table import Table
+
+        table = Table(caption=f"{self._status}  {self._current}", caption_justify="left")
+        table.add_column("module", no_wrap=True)
+        for title in ("shape", "k", "s", "error", "seconds"):
+            table.add_column(title, justify="right")
+        for event in self._rows:
+            table.add_row(
+                event["module"],
+                f"{event['d_in']}x{event['d_out']}",
+                str(event["n_atoms"]),
+                str(event["sparsity"]),
+                f"{event['relative_error']:.4f}",
+                "resumed" if event["resumed"] else f"{event['seconds']:.1f}",
+            )
+        return table
+
+
+def describe_start(event: Event) -> str:
+    """One line about what is going to happen."""
+    return (
+        f"{event['model']}: {event['method']}, {event['n_modules']} linears, removing "
+        f"{event['stored_ratio']:.1%} of their bytes ({event['values_ratio']:.1%} of values); "
+        f"calibration: {event['calibration']}; {event['threads']} threads, {event['isa']}"
+    )
+
+
+def make_listener() -> PlainListener:
+    """The live table on a terminal, plain lines elsewhere."""
+    return LiveListener() if sys.stdout.isatty() else PlainListener()

@@ -1,0 +1,70 @@
+"""``cospadi plan``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import typer
+
+from cospadi.cli.common import build_recipe, megabytes, quiet_libraries, write_json
+
+
+def plan_command(
+    model: str = typer.Argument(..., help="Hugging Face folder, hub id, or GGUF file."),
+    ratio: float | None = typer.Option(
+        None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
+    ),
+    ratio_convention: str | None = typer.Option(None, help="stored or nominal [stored]."),
+    method: str | None = typer.Option(None, help="cospadi, svd-llm or svd [cospadi]."),
+    k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
+    target: list[str] = typer.Option(
+        [], help="Regular expression on module names to compress; repeatable."
+    ),
+    ignore: list[str] = typer.Option(
+        [], help="Regular expression on module names to leave; repeatable."
+    ),
+    recipe: Path | None = typer.Option(None, help="YAML file with any of these settings."),
+    settings: list[str] = typer.Option([], "--set", help="key=value; repeatable."),
+    json_out: Path | None = typer.Option(
+        None, "--json", help="Write the plan as JSON; - for stdout."
+    ),
+) -> None:
+    """Show what compress would do to MODEL: sizes and bytes, what stays dense and why. Reads no weights."""
+    quiet_libraries()
+    options = {
+        "ratio": ratio,
+        "ratio_convention": ratio_convention,
+        "method": method,
+        "k_over_s": k_over_s,
+        "targets": target,
+        "ignore": ignore,
+    }
+    built = build_recipe(recipe, options, settings)
+    from cospadi.model.discover import discover
+    from cospadi.model.source import source_shapes
+    from cospadi.pipeline.plan import make_plan
+
+    shapes = source_shapes(model).model
+    targets, skipped = discover(shapes, targets=built.targets or None, ignore=built.ignore or None)
+    plan = make_plan(targets, skipped, built)
+    write_json(json_out, plan.to_mapping())
+    if str(json_out) == "-":
+        return
+    kinds = Counter((m.d_in, m.d_out, m.n_atoms, m.sparsity) for m in plan.modules)
+    typer.echo(f"{'in':>7} {'out':>7} {'atoms':>7} {'s':>6} {'count':>6} {'bytes each':>14}")
+    for (d_in, d_out, n_atoms, sparsity), count in sorted(kinds.items()):
+        spec = next(
+            m.spec
+            for m in plan.modules
+            if (m.d_in, m.d_out, m.n_atoms, m.sparsity) == (d_in, d_out, n_atoms, sparsity)
+        )
+        typer.echo(
+            f"{d_in:>7} {d_out:>7} {n_atoms:>7} {sparsity:>6} {count:>6} {spec.stored_bytes:>14,}"
+        )
+    for item in plan.dense:
+        typer.echo(f"left dense: {item.name}: {item.reason}")
+    typer.echo(
+        f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} -> {megabytes(plan.stored_bits / 8)}, "
+        f"removed {plan.stored_ratio:.2%} of bytes with mask, {plan.values_ratio:.2%} of values"
+    )

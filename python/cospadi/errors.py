@@ -1,0 +1,41 @@
+"""Exception types of cospadi.
+
+Every message is one line that names what was wrong (layer, argument, file), what was expected, what came, and how to
+fix it. The command line maps the types to exit codes: 2 for `InputError`, 4 for `VerificationError`.
+"""
+
+from __future__ import annotations
+
+
+class CospadiError(Exception):
+    """Base class of every error that cospadi raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(CospadiError, ValueError):
+    """An argument, a file or a model that the caller can fix."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A compressed checkpoint that is damaged, inconsistent or made by a newer version."""
+
+
+class NativeError(CospadiError, RuntimeError):
+    """The native library reported a failure that is not the caller's argument."""
+
+
+class CudaUnavailableError(NativeError):
+    """CUDA was asked for, but this build or this machine has none."""
+
+
+class FitError(CospadiError):
+    """A fit gave nothing usable; the caller keeps the layer dense and reports it."""
+
+
+class VerificationError(CospadiError):
+    """A checkpoint does not hold what it states."""
+
+    exit_code = 4

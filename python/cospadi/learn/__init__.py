@@ -1,0 +1,1 @@
+"""Fitting one weight: whitening, budget, initial dictionary, alternation, refit."""

@@ -1,0 +1,1 @@
+"""Models: opening dense checkpoints, finding their linear layers, compressed layers."""

@@ -1,0 +1,143 @@
+"""What the files of a model folder say before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cospadi.checkpoint.safetensors_file import read_header
+from cospadi.errors import InputError
+from cospadi.model.locate import one_line
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+# Heads other than next-token prediction. A checkpoint of one of these can load as a causal model without a missing
+# tensor (tied embeddings), but its weights were not trained for it.
+_OTHER_HEADS = (
+    "MaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForPreTraining",
+)
+_MAX_DIMENSION = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Number of tensors in a folder's weight files, and of elements in all of them."""
+
+    n_tensors: int
+    n_elements: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise an `InputError` that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_weight_files(folder: Path) -> WeightCount | None:
+    """Check the headers of a folder's safetensors files, without reading weights.
+
+    Returns
+    -------
+    WeightCount or None
+        None when the weights are in another format, which transformers then has to judge.
+
+    Raises
+    ------
+    InputError
+        There are no weights, a shard is missing, or a file is truncated or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index.name} has no weight_map")
+        shards = sorted({str(value) for value in weight_map.values()})
+    elif any(folder.glob("pytorch_model*.bin")):
+        return None
+    else:
+        raise InputError(f"{folder.resolve().name} holds no weights: no model.safetensors in it")
+    n_tensors = n_elements = 0
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise InputError(
+                f"{index.name} names the shard {shard!r}: shards must lie in the model's own folder"
+            )
+        if not (folder / shard).is_file():
+            raise InputError(f"{index.name} names the shard {shard!r}, which is missing")
+        header = read_header(folder / shard)
+        n_tensors += len(header)
+        n_elements += sum(prod(info.shape) for info in header.values())
+    return WeightCount(n_tensors, n_elements)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check that a folder holds the vocabulary of some tokenizer.
+
+    Raises
+    ------
+    InputError
+        It does not.
+    """
+    # transformers builds an empty tokenizer where these are missing, and says nothing
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(
+        folder.glob("*.tiktoken")
+    ):
+        raise InputError(
+            f"{folder.resolve().name} has no tokenizer: expected tokenizer.json, "
+            "tokenizer.model or vocab files beside config.json"
+        )
+
+
+def check_raw_config(raw: dict[str, Any], name: str) -> None:
+    """Refuse what only the file shows: other heads, earlier compression, sizes that no tensor can have."""
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method == "cospadi":
+            raise InputError(
+                f"{name} is already compressed with cospadi: start from the dense checkpoint"
+            )
+        raise InputError(
+            f"{name} is already quantised ({method or 'unknown method'}): start from the dense checkpoint"
+        )
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise InputError(
+            f"{name}: 'architectures' in config.json must be a list of names, got {architectures!r:.80}"
+        )
+    if architectures and all(a.endswith(_OTHER_HEADS) for a in architectures):
+        raise InputError(f"{name} is a {architectures[0]}, not a causal language model")
+    for key, value in _walk(raw):
+        if isinstance(value, int) and abs(value) > _MAX_DIMENSION:
+            raise InputError(f"{name}: {key} = {value!s:.40} in config.json is out of range")
+
+
+def _walk(raw: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, object]]:
+    for key, value in raw.items():
+        yield key, value
+        if isinstance(value, dict) and depth < 8:
+            yield from _walk(value, depth + 1)

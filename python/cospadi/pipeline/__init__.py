@@ -1,0 +1,1 @@
+"""The main job: recipe, plan, fits, checkpoint."""

@@ -1,0 +1,127 @@
+"""What is in a compressed directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
+from cospadi.pipeline.finalize import REPORT_FILE
+
+BF16_BYTES = 2
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report written beside a checkpoint; empty if it is missing or not readable.
+
+    It is informative only: nothing that decides how tensors are read comes from it.
+    """
+    try:
+        data = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
+    """Modules, errors, bytes and ratios.
+
+    Returns
+    -------
+    dict
+        ``modules``: per module d_in, d_out, n_atoms, sparsity, support, stored_bytes, file_bytes,
+        relative_error (None if not reported), weight_error, seconds. ``bytes`` and ``ratio`` for
+        ``linears`` (the compressed ones) and ``model``; a ratio is the removed share of values (mask not
+        counted), of stored bytes (mask counted, from the sizes), and of file bytes (what the files
+        really hold; for the model headers included), each against bf16.
+
+    Raises
+    ------
+    CheckpointError
+        The directory is no compressed checkpoint or damaged.
+    """
+    checkpoint = read_checkpoint(directory)
+    report = read_report(Path(directory))
+    reported = report.get("modules")
+    reported = reported if isinstance(reported, dict) else {}
+    modules: dict[str, Any] = {}
+    for name, entry in checkpoint.data.modules.items():
+        spec = entry.spec
+        entry_report = reported.get(name)
+        entry_report = entry_report if isinstance(entry_report, dict) else {}
+        modules[name] = {
+            "d_in": spec.d_in,
+            "d_out": spec.d_out,
+            "n_atoms": spec.n_atoms,
+            "sparsity": spec.sparsity,
+            "support": spec.support,
+            "layer_type": entry.layer_type,
+            "dictionary_shape": [spec.d_in, spec.n_atoms],
+            "coeffs_shape": [spec.d_out, spec.sparsity],
+            "stored_bytes": spec.stored_bytes,
+            "file_bytes": _file_bytes(checkpoint, name),
+            "dense_bytes": spec.dense_bits // 8,
+            "relative_error": entry_report.get("relative_error"),
+            "weight_error": entry_report.get("weight_error"),
+            "seconds": entry_report.get("seconds"),
+        }
+    failed = report.get("failed")
+    return {
+        "directory": str(directory),
+        "format_version": checkpoint.data.format_version,
+        "producer": checkpoint.data.producer,
+        "modules": modules,
+        "failed": failed if isinstance(failed, list) else [],
+        **_ratios(checkpoint),
+    }
+
+
+def _file_bytes(checkpoint: CompressedCheckpoint, module: str) -> int:
+    """Bytes of the tensors that replace the weight; the bias is there in the dense layer too."""
+    prefix = f"{module}."
+    return sum(
+        info.nbytes
+        for name, info in checkpoint.tensors.items()
+        if name.startswith(prefix) and name != f"{module}.bias"
+    )
+
+
+def _ratios(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
+    specs = {name: entry.spec for name, entry in checkpoint.data.modules.items()}
+    dense = sum(spec.dense_bits for spec in specs.values()) // 8
+    stored = sum(spec.stored_bytes for spec in specs.values())
+    in_files = sum(_file_bytes(checkpoint, name) for name in specs)
+    dense_values = sum(spec.d_in * spec.d_out for spec in specs.values())
+    kept_values = sum(spec.n_values for spec in specs.values())
+    compressed = set(checkpoint.data.expected_tensors())
+    other_values = 0
+    for name, info in checkpoint.tensors.items():
+        if name not in compressed or name.endswith(".bias"):
+            count = 1
+            for size in info.shape:
+                count *= size
+            other_values += count
+    model_dense = dense + BF16_BYTES * other_values
+    return {
+        "bytes": {
+            "linears": {"dense": dense, "stored": stored, "file": in_files},
+            "model": {
+                "dense": model_dense,
+                "stored": stored + BF16_BYTES * other_values,
+                "file": checkpoint.file_bytes,
+            },
+        },
+        "ratio": {
+            "linears": {
+                "values": 1.0 - kept_values / dense_values,
+                "stored": 1.0 - stored / dense,
+                "file": 1.0 - in_files / dense,
+            },
+            "model": {
+                "values": 1.0 - (kept_values + other_values) / (dense_values + other_values),
+                "stored": 1.0 - (stored + BF16_BYTES * other_values) / model_dense,
+                "file": 1.0 - checkpoint.file_bytes / model_dense,
+            },
+        },
+    }

@@ -1,0 +1,237 @@
+"""The recipe: every setting of a compression, from YAML, from the command line or from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from cospadi.errors import InputError
+from cospadi.factor import STORAGE_DTYPES
+from cospadi.learn.budget import RatioConvention, check_ratio
+from cospadi.learn.fit import METHODS, Method
+from cospadi.learn.options import Init, LearnOptions, Solver, Unused
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Override:
+    """Settings for the modules whose full name matches ``match`` (a regular expression).
+
+    Later overrides win. ``dense=True`` leaves the modules as they are.
+    """
+
+    match: str
+    ratio: float | None = None
+    k_over_s: float | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one compression. Field names are the YAML keys and the names `--set` takes.
+
+    Attributes
+    ----------
+    method : {"cospadi", "svd-llm", "svd"}
+        Sparse dictionary, whitened truncated SVD, plain truncated SVD.
+    ratio : float
+        Removed share of the compressed linears, in (0, 1).
+    ratio_convention : {"stored", "nominal"}
+        Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
+    k_over_s : float
+        Atoms per coefficient of a column.
+    solver, iterations, power_iterations, init, block_size, sweeps, unused, tolerance
+        See `cospadi.learn.options.LearnOptions`.
+    calibration : str
+        ``builtin``, a text, JSON-lines or safetensors file, a folder of text, or a hub data set.
+    samples, sequence_length : int
+        Calibration windows and tokens per window.
+    batch_size : int
+        Windows per forward pass.
+    seed : int
+        Of the calibration sample and the random inits.
+    targets, ignore : tuple of str
+        Regular expressions on full module names; no targets means every linear of the decoder blocks.
+    overrides : tuple of Override
+        Per-module settings.
+    storage_dtype : {"bfloat16", "float16", "float32"}
+        Type of the stored factors and of the rest of the checkpoint.
+    max_gram_gb : float or None
+        Bound on the memory of activation Grams; more passes over the text if they do not fit.
+    """
+
+    method: Method = "cospadi"
+    ratio: float = 0.2
+    ratio_convention: RatioConvention = "stored"
+    k_over_s: float = 2.0
+    solver: Solver = "omp"
+    iterations: int = 8
+    power_iterations: int = 1
+    init: Init = "svd"
+    block_size: int = 64
+    sweeps: int = 3
+    unused: Unused = "skip"
+    tolerance: float = 2e-3
+    calibration: str = "builtin"
+    samples: int = 64
+    sequence_length: int = 1024
+    batch_size: int = 4
+    seed: int = 42
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = field(default=())
+    storage_dtype: str = "bfloat16"
+    max_gram_gb: float | None = 8.0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        _check_choice("method", self.method, METHODS)
+        _check_choice("ratio_convention", self.ratio_convention, get_args(RatioConvention))
+        _check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
+        for name in ("samples", "sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.sequence_length < 2:
+            raise InputError("sequence_length: expected at least 2 tokens")
+        if (
+            not isinstance(self.seed, int)
+            or isinstance(self.seed, bool)
+            or not 0 <= self.seed < 2**63
+        ):
+            raise InputError(f"seed: expected an integer in [0, 2^63), got {self.seed!r}")
+        if not isinstance(self.calibration, str) or not self.calibration:
+            raise InputError(f"calibration: expected a name or a path, got {self.calibration!r}")
+        for name in ("targets", "ignore"):
+            for pattern in getattr(self, name):
+                _check_pattern(name, pattern)
+        for override in self.overrides:
+            _check_pattern("overrides.match", override.match)
+            if override.ratio is not None:
+                check_ratio(override.ratio)
+        self.learn_options()  # checks the rest
+
+    def learn_options(self) -> LearnOptions:
+        """The learner's part of the recipe."""
+        names = [f.name for f in dataclasses.fields(LearnOptions)]
+        return LearnOptions(**{name: getattr(self, name) for name in names})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON; `recipe_from_mapping` reads it back."""
+        data = dataclasses.asdict(self)
+        data["targets"] = list(self.targets)
+        data["ignore"] = list(self.ignore)
+        data["overrides"] = [
+            {k: v for k, v in dataclasses.asdict(o).items() if v not in (None, False)}
+            for o in self.overrides
+        ]
+        return {"recipe_version": RECIPE_VERSION, **data}
+
+    def to_yaml(self) -> str:
+        """YAML text of the recipe."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+
+def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Build a recipe from plain data; unknown keys and wrong types are errors that name ``source``."""
+    values = dict(data)
+    version = values.pop("recipe_version", RECIPE_VERSION)
+    if version != RECIPE_VERSION:
+        raise InputError(f"{source}: recipe_version {version!r} is not {RECIPE_VERSION}")
+    known = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"{source}: unknown setting {key!r}{hint}")
+    for key in ("targets", "ignore"):
+        if key in values:
+            values[key] = _string_tuple(values[key], f"{source}: {key}")
+    if "overrides" in values:
+        values["overrides"] = tuple(_override(o, source) for o in values["overrides"] or ())
+    for key, value in values.items():
+        values[key] = _coerce(key, value, known[key].type, source)
+    try:
+        return Recipe(**values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML recipe file, not yet checked."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file}: cannot be read: {error}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where is not None else ""
+        raise InputError(f"recipe {file}{line}: not valid YAML") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(f"recipe {file}: expected key: value lines at top level")
+    return data
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` of the command line; the value is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {text!r}: expected key=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {text!r}: the value is not valid YAML") from None
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_pattern(name: str, pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise InputError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _string_tuple(value: object, what: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if items is None:
+        return ()
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise InputError(f"{what}: expected a list of regular expressions, got {value!r}")
+    return tuple(items)
+
+
+def _override(data: object, source: str) -> Override:
+    if not isinstance(data, Mapping) or "match" not in data:
+        raise InputError(f"{source}: overrides: each entry needs a 'match', got {data!r}")
+    known = {f.name for f in dataclasses.fields(Override)}
+    unknown = sorted(set(map(str, data)) - known)
+    if unknown:
+        raise InputError(f"{source}: overrides: unknown key {unknown[0]!r}")
+    return Override(**data)
+
+
+def _coerce(key: str, value: object, annotation: object, source: str) -> object:
+    """Accept an int where a float is meant; refuse other wrong scalar types with a clear text."""
+    kind = str(annotation)
+    if kind in ("float", "float | None") and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind == "float" and not isinstance(value, float):
+        raise InputError(f"{source}: {key}: expected a number, got {value!r}")
+    return value

@@ -1,0 +1,132 @@
+"""The work directory: finished matrices kept on disk, so that a killed run goes on where it stopped.
+
+Layout of ``<output>.work``: ``run.json`` (fingerprint and the settings behind it), ``modules/<name>.safetensors``
+and ``modules/<name>.json`` per finished matrix. Each file is written beside its place and renamed, the
+JSON last, so that a matrix either is there whole or is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from cospadi.errors import InputError
+from cospadi.factor import SparseFactor
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """sha256 of plain data in canonical JSON."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+class WorkDir:
+    """Results of the matrices that are finished.
+
+    Parameters
+    ----------
+    path : Path
+        The directory; created if missing.
+    settings : mapping
+        Everything that decides the result (weights, calibration ids, recipe). A directory made under
+        other settings is refused, the first difference named.
+
+    Raises
+    ------
+    InputError
+        The directory belongs to another run, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._modules = path / "modules"
+        # through JSON once, so that tuples compare equal to the lists that come back
+        wanted = json.loads(json.dumps(settings))
+        self.fingerprint = fingerprint(wanted)
+        run_file = path / "run.json"
+        if run_file.exists():
+            self._check_same_run(run_file, wanted)
+        else:
+            if path.exists() and any(path.iterdir()):
+                raise InputError(
+                    f"{path}: exists and is not a work directory; move it or choose another --out"
+                )
+            try:
+                self._modules.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be created: {error.strerror or error}") from None
+            record = {"fingerprint": self.fingerprint, "settings": wanted}
+            write_atomic(run_file, json.dumps(record, indent=1).encode())
+
+    def _check_same_run(self, run_file: Path, wanted: dict[str, Any]) -> None:
+        try:
+            found = json.loads(run_file.read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{run_file}: damaged; delete {self.path} to start anew") from None
+        if found == wanted:
+            return
+        for key in sorted(set(found) | set(wanted)):
+            if found.get(key) != wanted.get(key):
+                raise InputError(
+                    f"{self.path}: holds an unfinished run with other settings ({key}: "
+                    f"{found.get(key)!r} there, {wanted.get(key)!r} now); delete it to start anew, "
+                    "or choose another --out"
+                )
+
+    def store(self, name: str, factor: SparseFactor, report: Mapping[str, Any]) -> None:
+        """Commit one finished matrix."""
+        tensors = {"dictionary": factor.dictionary, "coeffs": factor.coeffs}
+        if factor.mask is not None:
+            tensors["mask"] = factor.mask
+        if factor.bias is not None:
+            tensors["bias"] = factor.bias
+        data = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_atomic(self._modules / f"{name}.safetensors", data)
+        record = {"sha256": hashlib.sha256(data).hexdigest(), "report": dict(report)}
+        write_atomic(self._modules / f"{name}.json", json.dumps(record).encode())
+
+    def load(self, name: str) -> tuple[SparseFactor, dict[str, Any]] | None:
+        """A finished matrix; None if it is missing or damaged (it is then fitted again)."""
+        try:
+            record = json.loads((self._modules / f"{name}.json").read_text())
+            data = (self._modules / f"{name}.safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != record["sha256"]:
+                return None
+            tensors: dict[str, torch.Tensor] = load_tensors(data)
+            factor = SparseFactor(
+                dictionary=tensors["dictionary"],
+                mask=tensors.get("mask"),
+                coeffs=tensors["coeffs"],
+                bias=tensors.get("bias"),
+            )
+            return factor, dict(record["report"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+    def remove(self) -> None:
+        """Delete the directory after the checkpoint was written."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,225 @@
+"""Slow and obvious versions of the native kernels, in float64 and plain torch.
+
+They define what `cospadi.native` computes and are what the tests compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "omp_encode_reference",
+    "pack_mask_reference",
+    "sparse_gemm_reference",
+    "unpack_mask_reference",
+    "update_atoms_reference",
+]
+
+
+def pack_mask_reference(indices: torch.Tensor, n_atoms: int) -> torch.Tensor:
+    """Write the atoms of each output as bits.
+
+    Parameters
+    ----------
+    indices : torch.Tensor
+        ``[d_out, sparsity]`` integers, ascending per row.
+    n_atoms : int
+        Atoms of the dictionary.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[d_out, ceil(n_atoms / 8)]`` uint8: bit ``a & 7`` of byte ``a >> 3``.
+    """
+    mask = torch.zeros((indices.shape[0], (n_atoms + 7) // 8), dtype=torch.uint8)
+    for row, atoms in zip(mask, indices.tolist(), strict=True):
+        for atom in atoms:
+            row[atom >> 3] |= 1 << (atom & 7)
+    return mask
+
+
+def unpack_mask_reference(mask: torch.Tensor, n_atoms: int, sparsity: int) -> torch.Tensor:
+    """Read the atoms of each output from its bits.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        ``[d_out, ceil(n_atoms / 8)]`` uint8.
+    n_atoms, sparsity : int
+        Atoms of the dictionary and bits set in every row.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[d_out, sparsity]`` int32, ascending per row.
+    """
+    rows = [
+        [atom for atom in range(n_atoms) if row[atom >> 3] >> (atom & 7) & 1]
+        for row in mask.tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.int32).reshape(mask.shape[0], sparsity)
+
+
+def sparse_gemm_reference(
+    z: torch.Tensor, mask: torch.Tensor, coeffs: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Expand S to a dense matrix and multiply: ``y = z @ S + bias``.
+
+    Parameters
+    ----------
+    z : torch.Tensor
+        ``[rows, n_atoms]``.
+    mask : torch.Tensor
+        ``[d_out, ceil(n_atoms / 8)]`` uint8.
+    coeffs : torch.Tensor
+        ``[d_out, sparsity]`` ascending by atom.
+    bias : torch.Tensor, optional
+        ``[d_out]``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, d_out]`` float64: the exact result up to float64 rounding.
+    """
+    indices = unpack_mask_reference(mask, z.shape[1], coeffs.shape[1]).long()
+    dense = torch.zeros((coeffs.shape[0], z.shape[1]), dtype=torch.float64)  # S^T
+    dense.scatter_(1, indices, coeffs.double())
+    y = z.double() @ dense.T
+    return y if bias is None else y + bias.double()
+
+
+def omp_encode_reference(
+    gram: torch.Tensor,
+    correlations: torch.Tensor,
+    sparsity: int,
+    *,
+    signal_energies: torch.Tensor | None = None,
+    selection: str = "omp",
+    tolerance: float = 1e-10,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Orthogonal matching pursuit that solves the normal equations anew at every step.
+
+    Parameters
+    ----------
+    gram : torch.Tensor
+        ``[n_atoms, n_atoms]``.
+    correlations : torch.Tensor
+        ``[n_signals, n_atoms]``.
+    sparsity : int
+        Atoms per signal.
+    signal_energies : torch.Tensor, optional
+        ``[n_signals]`` squared norms.
+    selection : {"omp", "ormp"}
+        Score of atom j with correlation ``c_j = <d_j, r>``: ``c_j^2 / |d_j|^2``, or ``c_j^2 / |q_j|^2`` with
+        ``q_j`` the part of the atom orthogonal to the chosen ones.
+    tolerance : float
+        Atoms with ``|q_j|^2 <= tolerance |d_j|^2`` are never chosen. When no other is left the lowest
+        unused indices follow with coefficient 0.
+
+    Returns
+    -------
+    indices, coeffs, residual_energies : torch.Tensor
+        ``[n_signals, sparsity]`` int32 ascending, ``[n_signals, sparsity]`` float64, ``[n_signals]`` or None.
+    """
+    gram, correlations = gram.double(), correlations.double()
+    n_atoms = gram.shape[0]
+    diagonal = gram.diagonal()
+    all_indices, all_coeffs, explained = [], [], []
+    for p in correlations:
+        support: list[int] = []
+        x = torch.zeros(0, dtype=torch.float64)
+        for _ in range(sparsity):
+            g_ss = gram[support][:, support]
+            g_sa = gram[support]
+            residual_correlation = p - g_sa.T @ x
+            orthogonal_energy = diagonal - (g_sa * torch.linalg.solve(g_ss, g_sa)).sum(0)
+            is_allowed = orthogonal_energy > tolerance * diagonal
+            is_allowed[support] = False
+            if not is_allowed.any():
+                break
+            divisor = diagonal if selection == "omp" else orthogonal_energy
+            score = torch.where(is_allowed, residual_correlation**2 / divisor, -1.0)
+            support.append(int(score.argmax()))
+            x = torch.linalg.solve(gram[support][:, support], p[support])
+        explained.append(float(x @ p[support]))
+        code = dict(zip(support, x.tolist(), strict=True))
+        for atom in range(n_atoms):
+            if len(code) < sparsity:
+                code.setdefault(atom, 0.0)
+        all_indices.append(sorted(code))
+        all_coeffs.append([code[atom] for atom in sorted(code)])
+    shape = (correlations.shape[0], sparsity)
+    indices = torch.tensor(all_indices, dtype=torch.int32).reshape(shape)
+    coeffs = torch.tensor(all_coeffs, dtype=torch.float64).reshape(shape)
+    if signal_energies is None:
+        return indices, coeffs, None
+    residual = signal_energies.double() - torch.tensor(explained, dtype=torch.float64)
+    return indices, coeffs, residual.clamp_min(0.0)
+
+
+def update_atoms_reference(
+    atoms: torch.Tensor,
+    signals: torch.Tensor,
+    indices: torch.Tensor,
+    coeffs: torch.Tensor,
+    *,
+    power_iterations: int = 1,
+    block_size: int = 64,
+    sweeps: int = 1,
+    unused: str = "skip",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K-SVD with dense matrices; all atoms of a block see the same residual.
+
+    A block that raises the objective is undone and halved; after four accepted blocks in a row the size doubles.
+
+    Parameters
+    ----------
+    atoms : torch.Tensor
+        ``[n_atoms, d]``; not changed.
+    signals : torch.Tensor
+        ``[n_signals, d]``.
+    indices, coeffs : torch.Tensor
+        ``[n_signals, sparsity]``; not changed.
+    power_iterations, block_size, sweeps : int
+        As for `cospadi.native.update_atoms`.
+    unused : {"skip", "reseed"}
+        Whether atoms that no signal uses become the residual direction of the worst coded signals.
+
+    Returns
+    -------
+    atoms, coeffs : torch.Tensor
+        The new ones, float64.
+    """
+    d, y = atoms.double().clone(), signals.double()
+    x = torch.zeros(y.shape[0], d.shape[0], dtype=torch.float64)
+    x.scatter_(1, indices.long(), coeffs.double())
+    is_used = torch.zeros_like(x, dtype=torch.bool).scatter_(1, indices.long(), True)
+    for _ in range(sweeps):
+        first, limit, n_accepted = 0, block_size, 0
+        while first < d.shape[0]:
+            residual = y - x @ d
+            block = range(first, min(first + limit, d.shape[0]))
+            new_d, new_x = d.clone(), x.clone()
+            for k in block:
+                rows = is_used[:, k]
+                error = residual[rows] + torch.outer(x[rows, k], d[k])
+                for _ in range(power_iterations):
+                    candidate = error.T @ new_x[rows, k]
+                    if candidate.norm() == 0:
+                        break
+                    new_d[k] = candidate / candidate.norm()
+                    new_x[rows, k] = error @ new_d[k]
+            new_objective = (y - new_x @ new_d).square().sum()
+            if len(block) > 1 and new_objective > residual.square().sum():
+                limit, n_accepted = len(block) // 2, 0
+                continue
+            d, x, first, n_accepted = new_d, new_x, block.stop, n_accepted + 1
+            if n_accepted >= 4 and limit < block_size:
+                limit, n_accepted = min(2 * limit, block_size), 0
+    residual = y - x @ d
+    if unused == "reseed":
+        worst = residual.square().sum(1).argsort(descending=True, stable=True).tolist()
+        for k, signal in zip((~is_used.any(0)).nonzero().flatten().tolist(), worst, strict=False):
+            if residual[signal].norm() > 0:
+                d[k] = residual[signal] / residual[signal].norm()
+    return d, x.gather(1, indices.long())

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from compressed_models import copied, stored
+
+__all__ = ["copied", "stored"]

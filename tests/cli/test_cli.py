@@ -1,0 +1,315 @@
+"""The command line: the contract scripts rely on, and one line per error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cospadi.cli import app
+
+FAST = ["--samples", "8", "--sequence-length", "64", "--iterations", "1"]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cospadi", *map(str, arguments)])
+        code = 0
+        try:
+            app.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_model_dir, tiny_text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "small"
+    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
+    command += ["--ratio", "0.3", "--calibration", tiny_text, *FAST]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return out, done.stdout
+
+
+def test_compress_prints_plain_lines_and_leaves_a_log(compressed):
+    out, stdout = compressed
+    lines = [line for line in stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == 14
+    assert "left" in lines[0] and "error=" in lines[0]
+    events = [
+        json.loads(line) for line in out.with_name("small.log.jsonl").read_text().splitlines()
+    ]
+    assert [events[0]["event"], events[-1]["event"]] == ["start", "done"]
+    assert sum(event["event"] == "module" for event in events) == 14
+
+
+def test_eval_json(compressed, cli, tiny_text, tmp_path):
+    out, _ = compressed
+    code, _, _ = cli(
+        "eval",
+        out,
+        "--text",
+        tiny_text,
+        "--context",
+        64,
+        "--windows",
+        3,
+        "--json",
+        tmp_path / "e.json",
+    )
+    assert code == 0
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert data["windows"] == 3 and data["context"] == 64 and data["tokens"] == 3 * 63
+    assert len(data["ids_sha256"]) == 64
+    assert data["perplexity"] == pytest.approx(
+        torch.tensor(data["nll_per_token"]).exp().item(), rel=1e-5
+    )
+
+
+def test_inspect_json(compressed, cli):
+    out, _ = compressed
+    code, stdout, _ = cli("inspect", out, "--json", "-")
+    assert code == 0
+    data = json.loads(stdout)
+    assert set(data["ratio"]["linears"]) == {"values", "stored", "file"}
+    module = data["modules"]["model.layers.0.mlp.up_proj"]
+    assert module["d_in"] == 64 and module["relative_error"] > 0
+    code, stdout, _ = cli("inspect", out)
+    assert code == 0 and "removed" in stdout
+
+
+def test_generate_is_greedy_and_reproducible(compressed, cli):
+    out, _ = compressed
+    texts = [
+        json.loads(
+            cli("generate", out, "--prompt", "The", "--max-new-tokens", 8, "--json", "-")[1]
+        )["text"]
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
+    out, _ = compressed
+    code, stdout, _ = cli("verify", out, "--source", tiny_model_dir("llama"))
+    assert code == 0 and "hold" in stdout
+    code, _, _ = cli("export", "--dense", out, "--out", tmp_path / "dense")
+    assert code == 0 and (tmp_path / "dense/config.json").exists()
+    weights = out / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        code, _, stderr = cli("verify", out)
+    finally:
+        weights.write_bytes(content)
+    assert code == 4 and "model.safetensors" in stderr
+
+
+def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(tiny_model_dir("llama"), tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    code, stdout, stderr = cli("plan", copy, "--ratio", 0.4, "--json", tmp_path / "p.json")
+    assert code == 0, stderr
+    assert "removed" in stdout
+    assert json.loads((tmp_path / "p.json").read_text())["ratio"]["stored"] >= 0.4
+
+
+def test_doctor(cli):
+    code, stdout, _ = cli("doctor", "--json", "-")
+    info = json.loads(stdout)
+    assert code == 0 and info["isa"] in info["available_isas"]
+
+
+def test_settings_win_over_options_and_file(cli, tiny_model_dir, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("ratio: 0.5\nmethod: svd-llm\n")
+    arguments = ["plan", tiny_model_dir("llama"), "--recipe", recipe, "--json", "-"]
+    assert json.loads(cli(*arguments)[1])["ratio"]["stored"] == pytest.approx(0.5, abs=0.02)
+    assert json.loads(cli(*arguments, "--ratio", 0.3)[1])["ratio"]["stored"] == pytest.approx(
+        0.3, abs=0.02
+    )
+    found = json.loads(cli(*arguments, "--ratio", 0.3, "--set", "ratio=0.6")[1])
+    assert found["ratio"]["stored"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_help_is_fast_and_imports_no_torch():
+    code = """
+import sys
+sys.argv = ["cospadi", "--help"]
+from cospadi.cli import app
+try:
+    app.main()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.perf_counter() - start < 10  # a second in practice; loaded machines are slow
+
+
+def _damage(folder: Path, kind: str) -> None:
+    weights = folder / "model.safetensors"
+    if kind == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
+    elif kind == "nan":
+        tensors = load_file(weights)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "config is not json":
+        (folder / "config.json").write_text("{model_type: llama")
+    elif kind == "config lies":
+        config = json.loads((folder / "config.json").read_text())
+        config["hidden_size"] = 4096
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no tokenizer", "tokenizer"),
+        ("nan", "model.layers.1.mlp.up_proj.weight"),
+        ("truncated", "model.safetensors"),
+        ("no config", "config.json"),
+        ("config is not json", "config.json"),
+        ("config lies", "damaged"),
+    ],
+)
+def test_damaged_models_give_one_line_and_exit_2(
+    kind, words, cli, damaged_dir, tiny_text, tmp_path
+):
+    _damage(damaged_dir, kind)
+    code, _, stderr = cli(
+        "compress", damaged_dir, "--out", tmp_path / "o", "--calibration", tiny_text, *FAST
+    )
+    assert code == 2, stderr
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    assert words in lines[0], stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ratio", "1.5"], "ratio"),
+        (["--ratio", "0"], "ratio"),
+        (["--method", "magic"], "method"),
+        (["--target", "nothing_like_this"], "nothing_like_this"),
+        (["--target", "("], "regular expression"),
+        (["--samples", "100000"], "tokens"),
+        (["--calibration", "missing/file.txt"], "missing/file.txt"),
+        (["--set", "nonsense"], "key=value"),
+        (["--set", "ratoi=0.3"], "did you mean ratio"),
+        (["--recipe", "missing.yaml"], "missing.yaml"),
+        (["--device", "tpu"], "device"),
+        (["--threads", "0"], "threads"),
+        (["--ignore", ".*proj"], "nothing to compress"),
+        (["--ratio", "0.999"], "nothing to compress"),
+    ],
+)
+def test_bad_options_give_one_line_and_exit_2(
+    options, words, cli, tiny_model_dir, tiny_text, tmp_path
+):
+    arguments = [
+        "compress",
+        tiny_model_dir("llama"),
+        "--out",
+        tmp_path / "o",
+        "--calibration",
+        tiny_text,
+        *FAST,
+    ]
+    code, _, stderr = cli(*arguments, *options)
+    assert code == 2, stderr
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0], stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_text_shorter_than_a_window(cli, tiny_model_dir, compressed, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    for command in (
+        [
+            "compress",
+            tiny_model_dir("llama"),
+            "--out",
+            tmp_path / "o",
+            "--calibration",
+            short,
+            *FAST,
+        ],
+        ["eval", compressed[0], "--text", short, "--context", "64"],
+    ):
+        code, _, stderr = cli(*command)
+        assert code == 2 and "token" in stderr and len(stderr.strip().splitlines()) == 1, stderr
+
+
+def test_unwritable_output(cli, tiny_model_dir, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    code, _, stderr = cli("compress", tiny_model_dir("llama"), "--out", blocker / "out")
+    assert code == 2 and "cannot be written" in stderr
+
+
+def test_layers_left_dense_after_a_failure_give_exit_3(cli, damaged_dir, tiny_text, tmp_path):
+    weights = damaged_dir / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.input_layernorm.weight"].zero_()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, _, stderr = cli(
+        "compress", damaged_dir, "--out", tmp_path / "o", "--calibration", tiny_text, *FAST
+    )
+    assert code == 3, stderr
+    assert "partial" in stderr and "self_attn.q_proj" in stderr
+    assert (tmp_path / "o/config.json").exists()
+
+
+def test_kill_9_leaves_nothing_that_loads_and_resumes(tiny_model_dir, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
+    command += [
+        "--calibration",
+        tiny_text,
+        "--samples",
+        8,
+        "--sequence-length",
+        64,
+        "--iterations",
+        3,
+    ]
+    command = list(map(str, command))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[3/"):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming: " in done.stdout
+    assert (out / "config.json").exists()

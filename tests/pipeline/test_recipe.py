@@ -1,0 +1,71 @@
+"""Recipes: three routes to the same settings, and clear refusals."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cospadi.errors import InputError
+from cospadi.pipeline.recipe import Recipe, load_recipe, parse_setting, recipe_from_mapping
+
+
+def test_recipe_survives_yaml():
+    recipe = Recipe(ratio=0.35, method="svd-llm", targets=(r".*q_proj",), seed=7)
+    assert recipe_from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_overrides_survive_yaml():
+    data = {
+        "overrides": [{"match": ".*down_proj", "ratio": 0.1}, {"match": ".*q_proj", "dense": True}]
+    }
+    recipe = recipe_from_mapping(data)
+    assert recipe.overrides[1].dense is True
+    assert recipe_from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_an_integer_is_accepted_where_a_number_is_meant():
+    assert recipe_from_mapping({"k_over_s": 3}).k_over_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"ratoi": 0.3}, "did you mean ratio"),
+        ({"ratio": 1.0}, "ratio"),
+        ({"ratio": "big"}, "ratio: expected a number"),
+        ({"method": "magic"}, "method: expected one of"),
+        ({"samples": 0}, "samples"),
+        ({"samples": 2.5}, "samples"),
+        ({"seed": -1}, "seed"),
+        ({"targets": 3}, "targets"),
+        ({"targets": ["("]}, "not a regular expression"),
+        ({"overrides": [{"ratio": 0.1}]}, "match"),
+        ({"overrides": [{"match": "x", "rank": 3}]}, "unknown key 'rank'"),
+        ({"storage_dtype": "int8"}, "storage_dtype"),
+        ({"recipe_version": 99}, "recipe_version"),
+        ({"calibration": ""}, "calibration"),
+    ],
+)
+def test_bad_settings_are_named(data, message):
+    with pytest.raises(InputError, match=message):
+        recipe_from_mapping(data, source="my.yaml")
+
+
+def test_command_line_settings_are_yaml_values():
+    assert parse_setting("ratio=0.3") == ("ratio", 0.3)
+    assert parse_setting("targets=[a, b]") == ("targets", ["a", "b"])
+    for text in ("ratio", "=3", "ratio=[1"):
+        with pytest.raises(InputError, match="--set"):
+            parse_setting(text)
+
+
+def test_broken_recipe_file_names_the_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("ratio: 0.2\nmethod: [cospadi\n")
+    with pytest.raises(InputError, match="line"):
+        load_recipe(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")
+    path.write_text("- a\n- b\n")
+    with pytest.raises(InputError, match="key: value"):
+        load_recipe(path)

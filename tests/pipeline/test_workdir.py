@@ -1,0 +1,73 @@
+"""The work directory: what is committed comes back bit for bit, what is damaged does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cospadi.errors import InputError
+from cospadi.factor import SparseFactor
+from cospadi.pipeline.workdir import WorkDir
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def factor() -> SparseFactor:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.tensor([[0, 3], [1, 2], [0, 1]], dtype=torch.int32)
+    return SparseFactor.from_indices(
+        torch.randn(6, 4, generator=generator).bfloat16(),
+        indices,
+        torch.randn(3, 2, generator=generator).bfloat16(),
+        torch.randn(3, generator=generator).bfloat16(),
+    )
+
+
+def test_stored_factor_comes_back_bit_for_bit(tmp_path):
+    work = WorkDir(tmp_path / "out.work", {"ratio": 0.2, "targets": ("a",)})
+    assert work.load(NAME) is None
+    work.store(NAME, factor(), {"relative_error": 0.25})
+    again = WorkDir(tmp_path / "out.work", {"ratio": 0.2, "targets": ("a",)})
+    loaded = again.load(NAME)
+    assert loaded is not None
+    found, report = loaded
+    assert report == {"relative_error": 0.25}
+    for part in ("dictionary", "mask", "coeffs", "bias"):
+        assert torch.equal(getattr(found, part), getattr(factor(), part))
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    WorkDir(tmp_path / "w", {"ratio": 0.2, "seed": 1})
+    with pytest.raises(InputError, match=r"ratio: 0\.2 there, 0\.3 now"):
+        WorkDir(tmp_path / "w", {"ratio": 0.3, "seed": 1})
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no record", "record cut", "empty"])
+def test_damaged_results_are_fitted_again(tmp_path, damage):
+    work = WorkDir(tmp_path / "w", {})
+    work.store(NAME, factor(), {})
+    data, record = (
+        tmp_path / "w/modules" / f"{NAME}.safetensors",
+        tmp_path / "w/modules" / f"{NAME}.json",
+    )
+    if damage == "truncate":
+        data.write_bytes(data.read_bytes()[:-3])
+    elif damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[-1] ^= 1
+        data.write_bytes(content)
+    elif damage == "no record":
+        record.unlink()
+    elif damage == "record cut":
+        record.write_text(record.read_text()[:10])
+    else:
+        data.write_bytes(b"")
+    assert work.load(NAME) is None
+
+
+def test_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="not a work directory"):
+        WorkDir(tmp_path / "w", {})
+    assert (tmp_path / "w" / "thesis.txt").read_text() == "precious"
