@@ -28,7 +28,7 @@ void bound_sparse_gemm(uintptr_t z,
                                         d_out,
                                         sparsity,
                                         sparsity}};
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   sparse_gemm({address<const void>(z), out_dtype, rows, n_atoms, z_stride},
               s,
               {address<const void>(bias), static_cast<DType>(bias_dtype), d_out},
@@ -38,7 +38,7 @@ void bound_sparse_gemm(uintptr_t z,
 
 void bound_pack_mask(
     uintptr_t indices, int64_t rows, int64_t sparsity, int64_t n_atoms, uintptr_t mask) {
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   pack_mask(MatrixView<const int32_t>(address<const int32_t>(indices), rows, sparsity),
             n_atoms,
             MatrixView<uint8_t>(address<uint8_t>(mask), rows, mask_row_bytes(n_atoms)));
@@ -46,7 +46,7 @@ void bound_pack_mask(
 
 void bound_unpack_mask(
     uintptr_t mask, int64_t rows, int64_t n_atoms, int64_t sparsity, uintptr_t indices) {
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   unpack_mask(
       MatrixView<const uint8_t>(address<const uint8_t>(mask), rows, mask_row_bytes(n_atoms)),
       n_atoms,
@@ -54,7 +54,7 @@ void bound_unpack_mask(
 }
 
 void bound_validate_mask(uintptr_t mask, int64_t rows, int64_t n_atoms, int64_t sparsity) {
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   validate_mask(
       MatrixView<const uint8_t>(address<const uint8_t>(mask), rows, mask_row_bytes(n_atoms)),
       n_atoms,

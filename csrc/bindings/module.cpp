@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("default_thread_count", &cospadi::default_thread_count);
 
   cospadi::bindings::bind_dictionary(m);
+  cospadi::bindings::bind_gemm(m);
   cospadi::bindings::bind_omp(m);
   cospadi::bindings::bind_sparse_gemm(m);
 }

@@ -16,8 +16,6 @@ namespace {
 using detail::AlignedBuffer;
 using detail::require;
 
-constexpr int64_t kColumnTask = 64;  // columns of one task: a few microseconds at batch 1
-
 template <class Void>
 void require_typed(const BasicTypedMatrix<Void>& m, int64_t rows, int64_t cols, const char* name) {
   detail::require_shape(
@@ -58,47 +56,146 @@ void* element(const TypedMatrix& m, int64_t row, int64_t col) {
   return static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// One checked call.
+struct Product {
+  const cpu::SparseGemmKernels& kernels;
+  ConstTypedMatrix z;
+  cpu::SparseColumns s;
+  int64_t d_out;
+  const float* bias;
+  TypedMatrix y;
+  int n_threads;
+
+  cpu::StoredRows stored_rows(int64_t first, int64_t count) const {
+    return {z.dtype, count, element(z, first, 0), z.stride};
+  }
+
+  /// y(row .. row + rows, col .. col + cols) = sums + bias.
+  void store(int64_t row,
+             int64_t col,
+             int64_t rows,
+             int64_t cols,
+             const float* sums,
+             int64_t stride) const noexcept {
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels.store_floats(y.dtype,
+                           cols,
+                           sums + r * stride,
+                           bias == nullptr ? nullptr : bias + col,
+                           element(y, row + r, col));
+    }
+  }
+
+  void multiply_few(int64_t first_row, int64_t rows) const;
+  void multiply_many() const;
+};
+
+/// Rows first_row .. first_row + rows, at most max_few_rows of them.
+void Product::multiply_few(int64_t first_row, int64_t rows) const {
+  // Each thread walks a few long runs of columns: what it fetches ahead is then its own.
+  constexpr int64_t kBlock = 64;
+  constexpr int64_t kRunsPerThread = 4;
+  const int team = detail::resolve_threads(n_threads, ceil_div(d_out, kBlock));
+  const int64_t run = ceil_div(ceil_div(d_out, kRunsPerThread * team), kBlock) * kBlock;
+
+  const AlignedBuffer<float> prepared(kernels.prepared_size(rows, s.n_atoms));
+  const cpu::StoredRows z_rows = stored_rows(first_row, rows);
+  kernels.prepare(z_rows, s, prepared.data());
+  detail::parallel_for(ceil_div(d_out, run), team, [&](int64_t task, int) {
+    alignas(64) float sums[cpu::kMaxFewRows * kBlock];
+    const int64_t end = std::min(d_out, (task + 1) * run);
+    for (int64_t j = task * run; j < end; j += kBlock) {
+      const int64_t cols = std::min(kBlock, end - j);
+      kernels.multiply_few(s, j, cols, z_rows, prepared.data(), sums, kBlock);
+      store(first_row, j, rows, cols, sums, kBlock);
+    }
+  });
+}
+
+/// S expanded to packed panels, block of columns by block of columns, and multiplied as dense.
+void Product::multiply_many() const {
+  constexpr int64_t kDepth = 256;                        // elements: a panel stays in the L1 cache
+  constexpr int64_t kPackedElements = int64_t{1} << 20;  // of z at a time: 4 MiB
+  constexpr int64_t kMaxRows = 512;
+  const int64_t word_elements = kernels.word_elements(z.dtype, s.dtype);
+  const int64_t n_words = ceil_div(s.n_atoms, cpu::kMaskWord);
+  const int64_t word_step = kDepth / word_elements;
+  const int64_t panel_rows = kernels.panel_rows;
+  const int64_t panel_cols = kernels.panel_cols;
+
+  const int64_t affordable = kPackedElements / (n_words * word_elements);
+  const int64_t max_rows = std::clamp<int64_t>(affordable, 64, kMaxRows);
+  const int64_t row_block =
+      ceil_div(ceil_div(z.rows, ceil_div(z.rows, max_rows)), panel_rows) * panel_rows;
+  const int wanted = detail::resolve_threads(n_threads, ceil_div(d_out, panel_cols));
+  // Two panels share each packed row panel, unless that leaves threads without work.
+  const int64_t col_block = d_out >= 8 * panel_cols * wanted ? 2 * panel_cols : panel_cols;
+  const int64_t n_tasks = ceil_div(d_out, col_block);
+  const int team = detail::resolve_threads(wanted, n_tasks);
+
+  const AlignedBuffer<float> a_packed(row_block * n_words * word_elements);
+  const int64_t b_size = col_block * word_step * word_elements;
+  const int64_t c_size = row_block * col_block;
+  const AlignedBuffer<float> workspaces((b_size + c_size) * team);
+
+  for (int64_t i0 = 0; i0 < z.rows; i0 += row_block) {
+    const int64_t rows = std::min(row_block, z.rows - i0);
+    detail::parallel_for(ceil_div(rows, panel_rows), team, [&](int64_t panel, int) {
+      const int64_t i = panel * panel_rows;
+      const cpu::StoredRows z_rows = stored_rows(i0 + i, std::min(panel_rows, rows - i));
+      for (int64_t word = 0; word < n_words; word += word_step) {
+        const int64_t step = std::min(word_step, n_words - word);
+        kernels.pack_rows(
+            z_rows, s, word, step, a_packed.data() + (word * row_block + i * step) * word_elements);
+      }
+    });
+    detail::parallel_for(n_tasks, team, [&](int64_t task, int thread) {
+      // coefficients consumed so far of each column of the block
+      int64_t offsets[2 * cpu::kMaxPanelCols] = {};
+      float* b_packed = workspaces.data() + (b_size + c_size) * thread;
+      float* sums = b_packed + b_size;
+      const int64_t j0 = task * col_block;
+      const int64_t cols = std::min(col_block, d_out - j0);
+      for (int64_t word = 0; word < n_words; word += word_step) {
+        const int64_t step = std::min(word_step, n_words - word);
+        for (int64_t j = 0; j < cols; j += panel_cols) {
+          kernels.expand_columns(s,
+                                 z.dtype,
+                                 j0 + j,
+                                 std::min(panel_cols, cols - j),
+                                 word,
+                                 step,
+                                 offsets + j,
+                                 b_packed + j * step * word_elements);
+        }
+        kernels.multiply_panels(z.dtype,
+                                s.dtype,
+                                rows,
+                                cols,
+                                step,
+                                a_packed.data() + word * row_block * word_elements,
+                                b_packed,
+                                word == 0 ? 0.0F : 1.0F,
+                                sums,
+                                col_block);
+      }
+      store(i0, j0, rows, cols, sums, col_block);
+    });
+  }
+}
+
 cpu::SparseColumns columns_of(const SparseMatrix& s) {
   const ConstTypedMatrix& coeffs = s.coeffs;
-  const void* end = coeffs.rows == 0 || coeffs.cols == 0
-                        ? coeffs.data
-                        : element(coeffs, coeffs.rows - 1, coeffs.cols);
+  const bool is_empty = coeffs.rows == 0 || coeffs.cols == 0;
   return {.n_atoms = s.n_atoms,
           .mask = s.mask.data,
           .mask_stride = s.mask.stride,
           .dtype = coeffs.dtype,
           .coeffs = coeffs.data,
-          .coeffs_stride = coeffs.stride,
-          .coeffs_end = end};
-}
-
-/// y = z S + bias for at most max_few_rows rows.
-void multiply_few(const ConstTypedMatrix& z,
-                  const SparseMatrix& s,
-                  const float* bias,
-                  const TypedMatrix& y,
-                  int n_threads) {
-  const cpu::SparseGemmKernels& kernels = cpu::kernels().sparse_gemm;
-  const AlignedBuffer<char> prepared(kernels.prepared_bytes(z.rows, s.n_atoms));
-  kernels.prepare(z.dtype, s.coeffs.dtype, z.rows, s.n_atoms, z.data, z.stride, prepared.data());
-  const cpu::PreparedRows rows{z.rows, z.dtype, prepared.data()};
-  const cpu::SparseColumns columns = columns_of(s);
-  const int64_t d_out = s.coeffs.rows;
-  const int64_t n_tasks = (d_out + kColumnTask - 1) / kColumnTask;
-  detail::parallel_for(
-      n_tasks, detail::resolve_threads(n_threads, n_tasks), [&](int64_t task, int) {
-        const int64_t first = task * kColumnTask;
-        const int64_t count = std::min(kColumnTask, d_out - first);
-        alignas(64) float sums[(cpu::kMaxFewRows + 8) * kColumnTask];
-        kernels.multiply_few(columns, first, count, rows, sums, kColumnTask);
-        for (int64_t r = 0; r < z.rows; ++r) {
-          kernels.store_floats(y.dtype,
-                               count,
-                               sums + r * kColumnTask,
-                               bias == nullptr ? nullptr : bias + first,
-                               element(y, r, first));
-        }
-      });
+          .coeffs_stride = is_empty ? 0 : coeffs.stride,
+          .coeffs_end = is_empty ? coeffs.data : element(coeffs, coeffs.rows - 1, coeffs.cols)};
 }
 
 }  // namespace
@@ -116,11 +213,10 @@ void sparse_gemm(ConstTypedMatrix z,
   if (bias.data != nullptr) {
     kernels.load_floats(bias.dtype, d_out, bias.data, bias_floats.data());
   }
+  const Product product{kernels, z, columns_of(s), d_out, bias_floats.data(), y, n_threads};
+  if (z.rows > kernels.max_few_rows && s.n_atoms > 0) return product.multiply_many();
   for (int64_t r = 0; r < z.rows; r += kernels.max_few_rows) {
-    const int64_t count = std::min(kernels.max_few_rows, z.rows - r);
-    const ConstTypedMatrix z_part{element(z, r, 0), z.dtype, count, z.cols, z.stride};
-    const TypedMatrix y_part{element(y, r, 0), y.dtype, count, y.cols, y.stride};
-    multiply_few(z_part, s, bias_floats.data(), y_part, n_threads);
+    product.multiply_few(r, std::min(kernels.max_few_rows, z.rows - r));
   }
 }
 

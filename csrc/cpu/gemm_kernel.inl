@@ -92,7 +92,8 @@ void gemm_tile(int64_t rows,
         }
       }
       gemm_register_tile(k_size, alpha, a_panel, b_panel, beta, edge, int64_t{kCols});
-      for (int64_t r = 0; r < n_rows; ++r) std::copy_n(edge + r * kCols, n_cols, out + r * c_stride);
+      for (int64_t r = 0; r < n_rows; ++r)
+        std::copy_n(edge + r * kCols, n_cols, out + r * c_stride);
     }
   }
 }

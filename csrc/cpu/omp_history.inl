@@ -79,7 +79,6 @@ struct OmpState {
   int64_t panel_stride;   // elements between panels of the history
   int64_t row_stride;     // elements between candidate rows
   int64_t cache_capacity;
-  T tolerance;            // |q_j|^2 up to which an atom counts as dependent; grows with the noise
 
   T* history;       // [panel][sparsity][kPanelLanes]
   T* rows;          // [cache_capacity x row_stride] candidate rows
@@ -88,6 +87,7 @@ struct OmpState {
   T* factor;        // packed lower triangle of the Cholesky factor without its diagonal
   T* correlation;   // [slots] <d_j, r>
   T* energy;        // [slots] |q_j|^2; at most the tolerance: chosen, dependent or padding
+  T* noise;         // [slots] rounding error of the energy; an atom with less energy is dependent
   T* scratch;       // [slots] one row while squeezing; scores while choosing candidates
   T* explained;     // [sparsity] alpha_t = <h_t direction, y>
   T* pivots;        // [sparsity] sqrt(n_{j_t})
@@ -123,6 +123,7 @@ struct OmpState {
     factor = cursor.take<T>(s * (s - 1) / 2 + kWidth<T>);
     correlation = cursor.take<T>(slots);
     energy = cursor.take<T>(slots);
+    noise = cursor.take<T>(slots);
     scratch = cursor.take<T>(slots);
     explained = cursor.take<T>(s + kWidth<T>);
     pivots = cursor.take<T>(s);
@@ -252,7 +253,7 @@ template <class T>
 void squeeze(OmpState<T>& state, int64_t n_steps) {
   constexpr int64_t kLanes = kWidth<T>;
   const int64_t n_vectors = state.n_vectors();
-  const T tolerance = state.tolerance;
+  const T tolerance = state.problem->tolerance;
   for (int64_t id = 0; id < state.cache_capacity; ++id) {
     CandidateRow& candidate = state.candidates[id];
     // An atom may have become dependent while its row was waiting.
@@ -286,6 +287,7 @@ void squeeze(OmpState<T>& state, int64_t n_steps) {
     squeeze_row(at, at);
   }
   flat(state.correlation);
+  flat(state.noise);
   for (int64_t id = 0; id < state.cache_capacity; ++id) {
     if (state.candidates[id].slot >= 0) flat(state.row(id));
   }

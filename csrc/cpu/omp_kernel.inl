@@ -52,7 +52,7 @@ template <class T, bool kIsOrmp>
 Best<T> best_slot(const OmpState<T>& state) {
   RunningBest<T> best;
   auto slots = first_slots<T>();
-  const Vec<T> tolerance = splat(state.tolerance);
+  const Vec<T> tolerance = splat(state.problem->tolerance);
   for (int64_t v = 0; v < state.n_vectors(); ++v) {
     const Vec<T> energy = load(state.energy + v * kWidth<T>);
     const Vec<T> correlation = load(state.correlation + v * kWidth<T>);
@@ -61,6 +61,9 @@ Best<T> best_slot(const OmpState<T>& state) {
   }
   return best.result();
 }
+
+/// Epsilons of rounding error that every energy starts with.
+inline constexpr int kEnergyNoise = 64;
 
 /// One step after an atom was chosen: finishes its history row, stores it, and updates correlations,
 /// energies and the best atom in the same sweep. V vectors of atoms at a time.
@@ -72,6 +75,7 @@ inline void sweep_vectors(OmpState<T>& state,
                           int64_t step,
                           T inverse_pivot,
                           T explained,
+                          T pivot_noise,
                           int64_t first_vector,
                           typename RunningBest<T>::Index& slots,
                           RunningBest<T>& best) {
@@ -87,13 +91,18 @@ inline void sweep_vectors(OmpState<T>& state,
     const Vec<T> weight = splat(weights[t]);
     for (int v = 0; v < V; ++v) value[v] -= weight * load(source[v] + t * kPanelLanes<T>);
   }
-  const Vec<T> tolerance = splat(state.tolerance);
+  const Vec<T> tolerance = splat(state.problem->tolerance);
+  // The pivot's energy is known to a relative error, which goes into every h_j^2 and stays there.
+  const Vec<T> pivot_error = splat(pivot_noise * inverse_pivot * inverse_pivot);
   for (int v = 0; v < V; ++v) {
     const int64_t at = (first_vector + v) * kLanes;
     const Vec<T> h = value[v] * splat(inverse_pivot);
     store(source[v] + step * kPanelLanes<T>, h);
     const Vec<T> correlation = load(state.correlation + at) - h * splat(explained);
-    const Vec<T> energy = load(state.energy + at) - h * h;
+    Vec<T> energy = load(state.energy + at) - h * h;
+    const Vec<T> noise = load(state.noise + at) + h * h * pivot_error;
+    store(state.noise + at, noise);
+    energy = energy > noise ? energy : Vec<T>{};
     store(state.correlation + at, correlation);
     store(state.energy + at, energy);
     best.add(score_of<T, kIsOrmp>(correlation, energy, tolerance), slots);
@@ -102,7 +111,7 @@ inline void sweep_vectors(OmpState<T>& state,
 }
 
 template <class T, bool kIsOrmp>
-Best<T> sweep(OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T explained) {
+Best<T> sweep(OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T explained, T pivot_noise) {
   const int64_t n_vectors = state.n_vectors();
   const int64_t first_step = state.candidates[id].n_steps;
   const T* row = state.row(id);
@@ -114,11 +123,11 @@ Best<T> sweep(OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T e
   int64_t v = 0;
   for (; v + kBoth <= n_vectors; v += kBoth) {
     sweep_vectors<T, kIsOrmp, kBoth>(
-        state, row, weights, first_step, step, inverse_pivot, explained, v, slots, best);
+        state, row, weights, first_step, step, inverse_pivot, explained, pivot_noise, v, slots, best);
   }
   for (; v < n_vectors; ++v) {
     sweep_vectors<T, kIsOrmp, 1>(
-        state, row, weights, first_step, step, inverse_pivot, explained, v, slots, best);
+        state, row, weights, first_step, step, inverse_pivot, explained, pivot_noise, v, slots, best);
   }
   return best.result();
 }
@@ -148,7 +157,7 @@ int64_t choose_candidates(OmpState<T>& state, int64_t slot, int64_t n_wanted) {
   const int64_t n_others = n_wanted - 1;
   int64_t n_found = 0;
   T threshold = T(-1);
-  const Vec<T> tolerance = splat(state.tolerance);
+  const Vec<T> tolerance = splat(state.problem->tolerance);
   for (int64_t v = 0; n_others > 0 && v < state.n_vectors(); ++v) {
     const Vec<T> score = score_of<T, kIsOrmp>(
         load(state.correlation + v * kLanes), load(state.energy + v * kLanes), tolerance);
@@ -182,7 +191,7 @@ void evict_candidates(OmpState<T>& state, int64_t n_wanted) {
       const T energy = state.energy[slot];
       T score = state.correlation[slot] * state.correlation[slot];
       if (kIsOrmp) score /= energy;
-      if (!(energy > state.tolerance)) score = T(-1);
+      if (!(energy > state.problem->tolerance)) score = T(-1);
       if (worst < 0 || score < worst_score) {
         worst = id;
         worst_score = score;
@@ -223,10 +232,10 @@ void reset(OmpState<T>& state, const T* correlations, T scale) {
   const int64_t n_slots = OmpState<T>::padded(p.n_atoms) + kWidth<T>;
   state.n_slots = p.n_atoms;
   state.is_squeezed = false;
-  state.tolerance = p.tolerance;
   for (int64_t j = 0; j < p.n_atoms; ++j) {
     state.correlation[j] = correlations[j] * scale * p.scales[j];
     state.energy[j] = p.scales[j] > T(0) ? T(1) : T(0);
+    state.noise[j] = kEnergyNoise * std::numeric_limits<T>::epsilon();
     state.slot_atom[j] = static_cast<int32_t>(j);
     state.row_of_slot[j] = -1;
     state.rank_of_atom[j] = -1;
@@ -234,6 +243,7 @@ void reset(OmpState<T>& state, const T* correlations, T scale) {
   for (int64_t j = p.n_atoms; j < n_slots; ++j) {
     state.correlation[j] = T(0);
     state.energy[j] = T(0);
+    state.noise[j] = T(0);
   }
   state.n_free = 0;
   for (int64_t id = state.cache_capacity - 1; id >= 0; --id) {
@@ -290,10 +300,6 @@ bool is_squeeze_due(const OmpState<T>& state, int64_t n_dead, int64_t n_remainin
          n_dead * n_remaining >= 2 * kSqueezeCost * state.n_slots;
 }
 
-/// A direction divided by a small pivot carries its rounding errors with it: afterwards the energies
-/// |q_j|^2 are known to about this many epsilons over the pivot, and what is below is noise.
-inline constexpr int kEnergyNoise = 64;
-
 template <class T, bool kIsOrmp>
 void encode_signal(const OmpProblem<T>& problem, OmpSignal<T>& signal, std::byte* arena) {
   OmpState<T> state;
@@ -328,15 +334,13 @@ void encode_signal(const OmpProblem<T>& problem, OmpSignal<T>& signal, std::byte
     const T explained = state.correlation[slot] / pivot;
     const int32_t atom = state.slot_atom[slot];
     state.pivots[step] = pivot;
-    const T noise = kEnergyNoise * std::numeric_limits<T>::epsilon() / pivot;
-    state.tolerance = noise > state.tolerance ? noise : state.tolerance;
     state.explained[step] = explained;
     state.order[step] = atom;
     state.rank_of_atom[atom] = static_cast<int32_t>(step);
     explained_energy += static_cast<double>(explained) * static_cast<double>(explained);
     if (is_last) continue;
     state.energy[slot] = T(0);
-    best = sweep<T, kIsOrmp>(state, id, step, T(1) / pivot, explained);
+    best = sweep<T, kIsOrmp>(state, id, step, T(1) / pivot, explained, state.noise[slot]);
     state.release(id);
     ++n_dead;
     if (is_squeeze_due(state, n_dead, problem.sparsity - 1 - step)) {

@@ -15,7 +15,7 @@ struct OmpProblem {
   int64_t n_atoms;
   int64_t sparsity;
   int64_t block_size;  // candidate rows per pass over the history
-  T tolerance;         // an atom with |q_j|^2 <= tolerance is dependent, at least
+  T tolerance;         // an atom with |q_j|^2 <= tolerance is dependent
   bool is_ormp;
 };
 

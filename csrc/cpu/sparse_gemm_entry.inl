@@ -83,6 +83,8 @@ inline void multiply_panels(DType z_dtype,
   });
 }
 
+static_assert(kTileCols<float> <= kMaxPanelCols);
+
 constexpr SparseGemmKernels make_sparse_gemm_kernels() {
   return {.max_few_rows = kFewRows,
           .prepared_size = prepared_size,

@@ -1,11 +1,13 @@
 // Expansion of one mask word by AVX-512 VBMI2 (see sparse_gemm_format.inl).
 
-constexpr int kMaxColumnsInFlight = 4;
-constexpr int kMaxRowsInFlight = 12;
-constexpr int64_t kFewRows = 24;
+/// Columns in flight with kRows rows each: their sums, kRows x columns, fill half of the registers.
+template <int kRows>
+inline constexpr int kColumnsInFlight = kRows <= 4 ? 4 : 2;
 
-/// Position, within its mask word, of element i of the expanded word. The two halves of a dword hold
-/// neighbouring bfloat16: as floats they are one shift or one mask away, evens first.
+constexpr int64_t kFewRows = 32;  // measured: from here on panels are faster
+
+/// Position, within its mask word, of element i of the expanded word. The two halves of a dword
+/// hold neighbouring bfloat16: as floats they are one shift or one mask away, evens first.
 template <class C>
 constexpr int64_t position_of(int64_t i) {
   if constexpr (std::is_same_v<C, BFloat16>) {
@@ -15,9 +17,9 @@ constexpr int64_t position_of(int64_t i) {
   }
 }
 
-// The two expansions are written out because of the register they write to: with a zeroing mask Zen 4
-// still waits for its old value, and compilers use few registers here (6.5 instead of 4.1 cycles per
-// word measured). A register that the zero idiom has just cleared waits for nothing.
+// The two expansions are written out because of the register they write to: with a zeroing mask Zen
+// 4 still waits for its old value, and compilers use few registers here (6.5 instead of 4.1 cycles
+// per word measured). A register that the zero idiom has just cleared waits for nothing.
 
 inline __m512i expand_words(uint32_t bits, const void* p) {
   __m512i words = _mm512_setzero_si512();
@@ -43,6 +45,7 @@ struct ExpandedFloats<BFloat16> {
   __m512i words;
 
   ExpandedFloats(uint32_t bits, const BFloat16* p) : words(expand_words(bits, p)) {}
+  explicit ExpandedFloats(__m512i words_) : words(words_) {}
   Vec<float> part(int i) const {
     const __m512i odd_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     return reinterpret_cast<Vec<float>>(i == 0 ? _mm512_slli_epi32(words, 16)

@@ -1,8 +1,10 @@
 // Expansion of one mask word without special instructions (see sparse_gemm_format.inl).
 
-constexpr int kMaxColumnsInFlight = 1;
-constexpr int kMaxRowsInFlight = 8;
-constexpr int64_t kFewRows = 16;
+/// Columns in flight: the expansion is the work here, more columns would not hide anything.
+template <int kRows>
+inline constexpr int kColumnsInFlight = 1;
+
+constexpr int64_t kFewRows = 8;  // measured: from here on panels are faster
 
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>
@@ -12,12 +14,21 @@ constexpr int64_t position_of(int64_t i) {
 
 template <class C>
 struct ExpandedFloats {
-  float values[kMaskWord] = {};
+  Vec<float> parts[kMaskWord / kWidth<float>];
 
+  // Without branches: which positions are used is random, and a missed branch costs more than the
+  // unused half of the work.
   ExpandedFloats(uint32_t bits, const C* p) {
-    for (; bits != 0; bits &= bits - 1) values[__builtin_ctz(bits)] = to_float(*p++);
+    float values[kMaskWord];
+#pragma GCC unroll 32
+    for (int i = 0; i < kMaskWord; ++i) {
+      const uint32_t used = (bits >> i) & 1U;
+      values[i] = bits_float(float_bits(to_float(*p)) & (0U - used));
+      p += used;
+    }
+    std::memcpy(parts, values, sizeof(parts));
   }
-  Vec<float> part(int i) const { return load(values + i * kWidth<float>); }
+  Vec<float> part(int i) const { return parts[i]; }
 };
 
 inline float sum_lanes(Vec<float> v) { return (v[0] + v[1]) + (v[2] + v[3]); }

@@ -9,10 +9,6 @@
 constexpr int64_t kPrefetchBytes = 16384;
 constexpr int64_t kCacheLine = 64;
 
-template <int kRows>
-inline constexpr int kColumnsInFlight = kRows <= 4 ? kMaxColumnsInFlight
-                                                   : (kMaxColumnsInFlight + 1) / 2;
-
 /// Elements between prepared rows. The odd cache line keeps rows apart in the cache sets.
 template <class Format>
 inline int64_t prepared_stride(int64_t n_atoms) {
@@ -99,8 +95,7 @@ void multiply_rows(const SparseColumns& s,
   while (j < n_columns) {
     // columns are stored one after another: if the last of the group is inside, all are
     if (j + kColumns <= n_columns && is_inside<C>(s, first + j + kColumns - 1)) {
-      multiply_columns<Format, kRows, kColumns, false>(
-          s, first + j, ahead, z, out + j, out_stride);
+      multiply_columns<Format, kRows, kColumns, false>(s, first + j, ahead, z, out + j, out_stride);
       j += kColumns;
     } else {
       multiply_columns<Format, kRows, 1, true>(s, first + j, 0, z, out + j, out_stride);
@@ -110,10 +105,7 @@ void multiply_rows(const SparseColumns& s,
 }
 
 /// Rows of the register tile used when `left` rows remain.
-constexpr int64_t row_tile(int64_t left) {
-  if (kMaxRowsInFlight >= 12 && left > 8) return 12;
-  return left > 4 ? 8 : (left > 2 ? 4 : left);
-}
+constexpr int64_t row_tile(int64_t left) { return left > 4 ? 8 : (left > 2 ? 4 : left); }
 
 constexpr int64_t padded_rows(int64_t rows) {
   int64_t padded = 0;
@@ -168,13 +160,8 @@ void multiply_few_rows(const SparseColumns& s,
       case 4:
         multiply_rows<Format, 4>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
-      case 8:
-        multiply_rows<Format, 8>(s, first, n_columns, z_tile, out_tile, out_stride);
-        break;
       default:
-        if constexpr (kMaxRowsInFlight >= 12) {
-          multiply_rows<Format, 12>(s, first, n_columns, z_tile, out_tile, out_stride);
-        }
+        multiply_rows<Format, 8>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
     }
   }

@@ -1,8 +1,8 @@
 // The forms in which the column-sparse GEMM consumes one mask word of z and of S.
 //
 // Included inside the per-ISA namespace of a target_*.cpp, after sparse_gemm_expand_*.inl, which
-// gives `ExpandedFloats<C>(bits, p)`: the 32 positions of one mask word as float vectors, zero where
-// the bit is 0; `position_of<C>`: the position that each of their lanes holds; `sum_lanes`.
+// gives `ExpandedFloats<C>(bits, p)`: the 32 positions of one mask word as float vectors, zero
+// where the bit is 0; `position_of<C>`: the position that each of their lanes holds; `sum_lanes`.
 //
 // A Format names the stored coefficient type, the element of prepared z and of packed panels, the
 // expansion of a word and the multiply-add of a vector of elements.
@@ -67,10 +67,10 @@ struct TileMath<BFloat16Pair> {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
   }
   static Vec<float> multiply_add(Vec<float> sum, const BFloat16Pair* a, Columns b) {
-    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(
-        reinterpret_cast<__m512>(sum),
-        reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a->bits))),
-        b));
+    return reinterpret_cast<Vec<float>>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                         reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a->bits))),
+                         b));
   }
 };
 
@@ -78,7 +78,7 @@ struct TileMath<BFloat16Pair> {
 
 /// Calls `body` with the format of a product of these types.
 template <class Body>
-inline auto with_format(DType z_dtype, DType coeffs_dtype, const Body& body) {
+inline auto with_format([[maybe_unused]] DType z_dtype, DType coeffs_dtype, const Body& body) {
 #if defined(COSPADI_TARGET_AVX512)
   if (z_dtype == DType::kBFloat16 && coeffs_dtype == DType::kBFloat16) return body(PairFormat{});
 #endif
@@ -110,7 +110,8 @@ inline uint32_t tail_word(const uint8_t* mask_row, int64_t n_atoms) {
   return bits & ((uint32_t{1} << n_bits) - 1);
 }
 
-/// 32 readable coefficients from `p` on: `p` itself, or near the end of the tensor a copy in `local`.
+/// 32 readable coefficients from `p` on: `p` itself, or near the end of the tensor a copy in
+/// `local`.
 template <class C>
 inline const C* readable(const C* p, const C* end, C* local) {
   const int64_t n_left = end - p;

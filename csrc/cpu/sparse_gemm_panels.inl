@@ -2,10 +2,11 @@
 //
 // Both operands use the order of the Format inside a mask word, so only the order of a sum changes.
 
-/// Writes the transpose of the kW x kW block whose rows are `rows[i]` to `out`, rows `stride` apart.
+/// Transposes the kW x kW block whose rows are `rows[i]`; calls `put(i, row i of the transpose)`.
 ///
 /// log2(kW) rounds; each interleaves the first half of the vectors with the second.
-inline void store_transposed(Vec<float>* rows, float* out, int64_t stride) {
+template <class Put>
+inline void transpose(Vec<float>* rows, const Put& put) {
   constexpr int kW = kWidth<float>;
   typedef int32_t Order __attribute__((vector_size(COSPADI_VECTOR_BYTES)));
   Order low;
@@ -14,6 +15,7 @@ inline void store_transposed(Vec<float>* rows, float* out, int64_t stride) {
     low[i] = i / 2 + (i % 2) * kW;
     high[i] = low[i] + kW / 2;
   }
+#pragma GCC unroll 4
   for (int round = 1; round < kW; round *= 2) {
     Vec<float> next[kW];
 #pragma GCC unroll 8
@@ -25,28 +27,96 @@ inline void store_transposed(Vec<float>* rows, float* out, int64_t stride) {
     for (int i = 0; i < kW; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kW; ++i) store(out + i * stride, rows[i]);
+  for (int i = 0; i < kW; ++i) put(i, rows[i]);
 }
 
-/// Coefficients consumed by one word of a column; expands the word to `out`.
+/// One expanded word of kW columns, column c from `bits[c]` and `p[c]`, as rows of a packed panel:
+/// element i of all columns at `panel + i * stride`.
 template <class Format>
-inline int64_t expand_word(const SparseColumns& s,
-                           int64_t column,
-                           int64_t word,
-                           int64_t offset,
-                           float* out) {
-  using C = typename Format::Coeff;
-  constexpr int kParts = Format::kWordElements / kWidth<float>;
-  const uint8_t* mask_row = s.mask + column * s.mask_stride;
-  const uint32_t bits =
-      word < s.n_atoms / kMaskWord ? full_word(mask_row, word) : tail_word(mask_row, s.n_atoms);
-  C local[kMaskWord];
-  const C* p = column_coeffs<C>(s, column) + offset;
-  const typename Format::Expanded expanded(
-      bits, readable(p, static_cast<const C*>(s.coeffs_end), local));
+struct WordBlock {
+  static void expand(const uint32_t* bits,
+                     const typename Format::Coeff* const* p,
+                     float* panel,
+                     int64_t stride) {
+    constexpr int kW = kWidth<float>;
+    constexpr int kParts = Format::kWordElements / kW;
+    Vec<float> words[kParts][kW];
+#pragma GCC unroll 16
+    for (int c = 0; c < kW; ++c) {
+      const typename Format::Expanded expanded(bits[c], p[c]);
 #pragma GCC unroll 8
-  for (int i = 0; i < kParts; ++i) store(out + i * kWidth<float>, expanded.part(i));
-  return __builtin_popcount(bits);
+      for (int i = 0; i < kParts; ++i) words[i][c] = expanded.part(i);
+    }
+    for (int i = 0; i < kParts; ++i) {
+      transpose(words[i],
+                [&](int e, Vec<float> row) { store(panel + (i * kW + e) * stride, row); });
+    }
+  }
+};
+
+#if defined(COSPADI_TARGET_AVX512)
+
+/// bfloat16 to floats: the pairs are transposed as they are and split afterwards, half the work.
+template <>
+struct WordBlock<FloatFormat<BFloat16>> {
+  static void expand(const uint32_t* bits, const BFloat16* const* p, float* panel, int64_t stride) {
+    Vec<float> pairs[16];
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c)
+      pairs[c] = reinterpret_cast<Vec<float>>(expand_words(bits[c], p[c]));
+    transpose(pairs, [&](int i, Vec<float> row) {
+      const ExpandedFloats<BFloat16> split(reinterpret_cast<__m512i>(row));
+      store(panel + i * stride, split.part(0));
+      store(panel + (16 + i) * stride, split.part(1));
+    });
+  }
+};
+
+#endif
+
+/// Words word .. word + n_words of kW columns (n_columns of them exist). `kChecked`: the columns
+/// may lie near the end of the tensor, and the last word may be partial.
+template <class Format, bool kChecked>
+void expand_columns_to(const SparseColumns& s,
+                       int64_t column,
+                       int64_t n_columns,
+                       int64_t word,
+                       int64_t n_words,
+                       int64_t* offsets,
+                       float* panel,
+                       int64_t stride) {
+  using C = typename Format::Coeff;
+  constexpr int kW = kWidth<float>;
+  const C* p[kW] = {};
+  for (int64_t c = 0; c < n_columns; ++c) p[c] = column_coeffs<C>(s, column + c) + offsets[c];
+  const uint8_t* mask = s.mask + column * s.mask_stride;
+  for (int64_t w = word; w < word + n_words; ++w, panel += stride * Format::kWordElements) {
+    uint32_t bits[kW];
+    if constexpr (kChecked) {
+      C local[kW][kMaskWord];
+      const C* source[kW];
+      for (int64_t c = 0; c < kW; ++c) {
+        bits[c] = 0;
+        source[c] = local[c];
+        if (c >= n_columns) {
+          std::fill_n(local[c], kMaskWord, C{});
+          continue;
+        }
+        const uint8_t* mask_row = mask + c * s.mask_stride;
+        const bool is_full = w < s.n_atoms / kMaskWord;
+        bits[c] = is_full ? full_word(mask_row, w) : tail_word(mask_row, s.n_atoms);
+        source[c] = readable(p[c], static_cast<const C*>(s.coeffs_end), local[c]);
+      }
+      WordBlock<Format>::expand(bits, source, panel, stride);
+    } else {
+#pragma GCC unroll 16
+      for (int c = 0; c < kW; ++c) bits[c] = full_word(mask + c * s.mask_stride, w);
+      WordBlock<Format>::expand(bits, p, panel, stride);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kW; ++c) p[c] += __builtin_popcount(bits[c]);
+  }
+  for (int64_t c = 0; c < n_columns; ++c) offsets[c] = p[c] - column_coeffs<C>(s, column + c);
 }
 
 template <class Format>
@@ -57,25 +127,26 @@ void expand_to_panel(const SparseColumns& s,
                      int64_t n_words,
                      int64_t* offsets,
                      float* panel) {
-  constexpr int kW = kWidth<float>;
-  constexpr int kParts = Format::kWordElements / kW;
+  constexpr int64_t kW = kWidth<float>;
   constexpr int64_t kPanel = kTileCols<typename Format::Element>;
-  for (int64_t w = word; w < word + n_words; ++w, panel += kPanel * Format::kWordElements) {
-    for (int64_t c0 = 0; c0 < kPanel; c0 += kW) {
-      alignas(64) float words[kW][Format::kWordElements];
-      for (int64_t c = 0; c < kW; ++c) {
-        if (c0 + c < n_columns) {
-          offsets[c0 + c] += expand_word<Format>(s, first + c0 + c, w, offsets[c0 + c], words[c]);
-        } else {
-          std::fill_n(words[c], Format::kWordElements, 0.0F);
-        }
-      }
-      for (int64_t i = 0; i < kParts; ++i) {
-        Vec<float> rows[kW];
-#pragma GCC unroll 16
-        for (int c = 0; c < kW; ++c) rows[c] = load(words[c] + i * kW);
-        store_transposed(rows, panel + i * kW * kPanel + c0, kPanel);
-      }
+  const int64_t n_full = std::clamp<int64_t>(s.n_atoms / kMaskWord - word, 0, n_words);
+  for (int64_t c = 0; c < kPanel; c += kW) {
+    const int64_t count = std::clamp<int64_t>(n_columns - c, 0, kW);
+    const bool is_inner = count == kW && is_inside<typename Format::Coeff>(s, first + c + kW - 1);
+    const int64_t n_inner = is_inner ? n_full : 0;
+    float* out = panel + c;
+    if (n_inner > 0) {
+      expand_columns_to<Format, false>(s, first + c, kW, word, n_inner, offsets + c, out, kPanel);
+    }
+    if (n_inner < n_words) {
+      expand_columns_to<Format, true>(s,
+                                      first + c,
+                                      count,
+                                      word + n_inner,
+                                      n_words - n_inner,
+                                      offsets + c,
+                                      out + n_inner * kPanel * Format::kWordElements,
+                                      kPanel);
     }
   }
 }
@@ -90,10 +161,8 @@ void pack_row_panel(const StoredRows& z,
     for (int64_t r = 0; r < kTileRows; ++r) {
       typename Format::Element elements[Format::kWordElements] = {};
       if (r < z.rows) {
-        Format::load_word(z.dtype,
-                          word_positions(n_atoms, w),
-                          stored_element(z, r, w * kMaskWord),
-                          elements);
+        Format::load_word(
+            z.dtype, word_positions(n_atoms, w), stored_element(z, r, w * kMaskWord), elements);
       }
       for (int64_t i = 0; i < Format::kWordElements; ++i) panel[i * kTileRows + r] = elements[i];
     }

@@ -11,7 +11,10 @@ namespace cospadi::cpu {
 inline constexpr int64_t kMaskWord = 32;
 
 /// Most rows that any kernel takes at once in `multiply_few`, after padding.
-inline constexpr int64_t kMaxFewRows = 48;
+inline constexpr int64_t kMaxFewRows = 32;
+
+/// Upper bound of `panel_cols`.
+inline constexpr int64_t kMaxPanelCols = 32;
 
 /// S in its stored form. `coeffs_end` is one past the last coefficient of the last column: nothing
 /// at or above it is read, whatever the mask says.
@@ -33,7 +36,8 @@ struct StoredRows {
   int64_t stride;  ///< elements
 };
 
-/// Elements of packed operands: a float, or a pair of bfloat16 where the processor multiplies pairs.
+/// Elements of packed operands: a float, or a pair of bfloat16 where the processor multiplies
+/// pairs.
 inline constexpr int64_t kElementBytes = 4;
 
 struct SparseGemmKernels {
@@ -43,8 +47,8 @@ struct SparseGemmKernels {
   int64_t (*prepared_size)(int64_t rows, int64_t n_atoms) noexcept;
   /// Writes z in the order and type that `multiply_few` consumes, 64-byte aligned.
   void (*prepare)(const StoredRows& z, const SparseColumns& s, void* out) noexcept;
-  /// out(r, j) = sum over the atoms a of column first + j of z(r, a) S(a, first + j), j < n_columns.
-  /// `out` has room for padded rows: kMaxFewRows.
+  /// out(r, j) = sum over the atoms a of column first + j of z(r, a) S(a, first + j), j <
+  /// n_columns. `out` has room for padded rows: kMaxFewRows.
   void (*multiply_few)(const SparseColumns& s,
                        int64_t first,
                        int64_t n_columns,

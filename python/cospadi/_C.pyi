@@ -106,3 +106,37 @@ def unpack_mask(
     mask: int, rows: int, n_atoms: int, sparsity: int, indices: int, /
 ) -> None: ...
 def validate_mask(mask: int, rows: int, n_atoms: int, sparsity: int, /) -> None: ...
+def gemm_f32(
+    alpha: float,
+    a: int,
+    m: int,
+    k: int,
+    a_row_stride: int,
+    a_col_stride: int,
+    b: int,
+    n: int,
+    b_row_stride: int,
+    b_col_stride: int,
+    beta: float,
+    c: int,
+    c_stride: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def gemm_f64(
+    alpha: float,
+    a: int,
+    m: int,
+    k: int,
+    a_row_stride: int,
+    a_col_stride: int,
+    b: int,
+    n: int,
+    b_row_stride: int,
+    b_col_stride: int,
+    beta: float,
+    c: int,
+    c_stride: int,
+    num_threads: int,
+    /,
+) -> None: ...

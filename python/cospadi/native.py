@@ -19,6 +19,7 @@ from cospadi.errors import InputError, NativeError
 __all__ = [
     "AtomUpdateStats",
     "OmpResult",
+    "gemm",
     "omp_encode",
     "pack_mask",
     "runtime_info",
@@ -361,6 +362,73 @@ def update_atoms(
             _threads(num_threads),
         )
     return AtomUpdateStats(before, after, n_unused, n_reseeded, n_halved, workspace_bytes)
+
+
+def gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    num_threads: int | None = None,
+) -> torch.Tensor:
+    """Dense product ``out = alpha a b + beta out``: the kernels' own, for tests and benchmarks.
+
+    Parameters
+    ----------
+    a, b : torch.Tensor
+        ``[m, k]`` and ``[k, n]``, float32 or float64 on the CPU, any strides (transposes are free).
+    out : torch.Tensor, optional
+        ``[m, n]``, same dtype, unit inner stride, written in place; must not overlap `a` or `b`.
+        Not read when `beta` is 0. Default: a new tensor.
+    alpha, beta : float
+        `beta` needs `out`.
+    num_threads : int, optional
+        Default ``torch.get_num_threads()``.
+
+    Returns
+    -------
+    torch.Tensor
+        `out`.
+
+    Raises
+    ------
+    InputError
+        Wrong dtype, device, shape or layout.
+
+    Notes
+    -----
+    The result is the same to the bit for any thread count.
+    """
+    name = "gemm"
+    _check_tensor(name, "a", a, (None, None), (torch.float32, torch.float64))
+    _check_tensor(name, "b", b, (a.shape[1], None), (a.dtype,))
+    m, k, n = *a.shape, b.shape[1]
+    if out is None:
+        if beta != 0.0:
+            raise InputError(f"{name}: beta: {beta} needs `out`")
+        out = a.new_empty((m, n))
+    _check_tensor(name, "out", out, (m, n), (a.dtype,))
+    if out.numel() and _rows(out).data_ptr() != out.data_ptr():
+        raise InputError(f"{name}: out: written in place, so rows must have unit stride")
+    multiply = _C.gemm_f32 if a.dtype == torch.float32 else _C.gemm_f64
+    with _native_errors(name):
+        multiply(
+            alpha,
+            a.data_ptr(),
+            m,
+            k,
+            *a.stride(),
+            b.data_ptr(),
+            n,
+            *b.stride(),
+            beta,
+            out.data_ptr(),
+            _row_stride(out),
+            _threads(num_threads),
+        )
+    return out
 
 
 _FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -199,10 +199,10 @@ class RoutedModel(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, 32)
         self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(32, 32) for n in "ab"})])
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self):  # noqa: D102
         return self.embed
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache):  # noqa: D102
         name = "a" if int(input_ids[0, 0]) == 2 else "b"
         return self.layers[0][name](self.embed(input_ids))
 
@@ -223,7 +223,7 @@ class UnstableModel(RoutedModel):
 
     calls = 0
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache):  # noqa: D102
         x = self.embed(input_ids)
         self.calls += 1
         self.layers[0]["a"](x)
@@ -239,7 +239,7 @@ def test_input_that_stops_being_shared_is_an_error():
 class InPlaceModel(RoutedModel):
     """Changes the tensor between the two calls."""
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache):  # noqa: D102
         x = self.embed(input_ids)
         self.layers[0]["a"](x)
         x.mul_(2)
@@ -274,7 +274,7 @@ def test_bad_arguments():
     targets, _ = discover(model)
     with pytest.raises(InputError, match="batch_size"):
         collect_grams(model, targets, token_ids(), batch_size=0)
-    with pytest.raises(InputError, match="less than the Gram of .* needs"):
+    with pytest.raises(InputError, match=r"less than the Gram of .* needs"):
         list(collect_grams(model, targets, token_ids(), max_gram_bytes=1000))
 
 

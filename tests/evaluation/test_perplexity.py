@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,28 @@ def test_loss_in_pieces_equals_the_whole(monkeypatch):
     assert evaluate_perplexity(model, ids, context=CONTEXT).nll_per_token == pytest.approx(
         whole, rel=1e-7
     )
+
+
+class LargeVocabulary(nn.Module):
+    """Returns fixed logits over 49152 tokens, one of which stands out."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.logits = nn.Parameter(torch.randn(1, 64, 49152, generator=generator) * 3)
+        self.logits.data[..., 0] += 10
+
+    def forward(self, input_ids, use_cache):  # noqa: D102
+        return SimpleNamespace(logits=self.logits)
+
+
+def test_loss_is_as_exact_as_fp32_logits_allow():
+    # F.cross_entropy in fp32 is off by 1e-6 to 5e-5 here
+    model = LargeVocabulary()
+    ids = torch.randint(49152, (64,), generator=torch.Generator().manual_seed(1))
+    wanted = nn.functional.cross_entropy(model.logits[0, :-1].double(), ids[1:]).item()
+    found = evaluate_perplexity(model, ids, context=64).nll_per_token
+    assert found == pytest.approx(wanted, abs=2e-7)
 
 
 def test_windows_and_batches():

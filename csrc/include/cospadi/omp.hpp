@@ -32,11 +32,12 @@ struct OmpStats {
 };
 
 /// Relative squared distance up to which an atom counts as dependent on the chosen ones:
-/// |q_j|^2 <= tolerance * |d_j|^2. After an atom with a small |q_i| was chosen the tolerance is at
-/// least 64 epsilon * |d_i| / |q_i|, the noise that dividing by |q_i| leaves in every |q_j|^2.
+/// |q_j|^2 <= tolerance * |d_j|^2. The kernel also carries the rounding error of every |q_j|^2 along
+/// and treats an atom that has less than that left as dependent, which matters once the chosen atoms
+/// are nearly dependent themselves.
 template <class T>
 constexpr T omp_dependence_tolerance() {
-  return sizeof(T) == 4 ? T(1e-4) : T(1e-9);
+  return sizeof(T) == 4 ? T(1e-5) : T(1e-10);
 }
 
 /// Bytes of workspace that omp_encode holds: one arena per thread (about sparsity * n_atoms elements)

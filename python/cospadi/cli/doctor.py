@@ -19,7 +19,7 @@ def doctor_command(
     import torch
 
     from cospadi import native
-    from cospadi.pipeline.compress import versions
+    from cospadi.versions import versions
 
     info: dict[str, object] = {
         **versions(),

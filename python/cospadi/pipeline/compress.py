@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.plan import ModulePlan, Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.workdir import WorkDir
+from cospadi.versions import versions
 
 
 @dataclass(frozen=True)
@@ -203,18 +203,6 @@ def _describe(plan: Plan, calibration: CalibrationSet | None, recipe: Recipe) ->
         "threads": torch.get_num_threads(),
         "isa": native.runtime_info()["isa"],
         "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    import transformers
-
-    return {
-        "cospadi": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
     }
 
 

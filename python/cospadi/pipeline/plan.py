@@ -11,7 +11,7 @@ from cospadi.checkpoint.format import LayerType
 from cospadi.errors import InputError
 from cospadi.factor import FactorSpec, Support
 from cospadi.learn.budget import low_rank_size, sparse_size
-from cospadi.model.discover import Skipped, TargetLinear
+from cospadi.model.discover import Skipped, TargetLinear, match_names
 from cospadi.pipeline.recipe import Override, Recipe
 
 
@@ -106,10 +106,7 @@ def make_plan(targets: Sequence[TargetLinear], skipped: Sequence[Skipped], recip
     """
     names = [target.name for target in targets]
     for override in recipe.overrides:
-        if not any(re.fullmatch(override.match, name) for name in names):
-            raise InputError(
-                f"overrides: {override.match!r} matches no target; targets look like {names[0]}"
-            )
+        match_names(override.match, names, argument="overrides")
     modules: list[ModulePlan] = []
     dense = list(skipped)
     for target in targets:

@@ -84,7 +84,9 @@ def verify_errors(
         raise VerificationError(
             f"{directory}: the calibration ids hash to {ids.sha256}, the report states {stated_hash}"
         )
-    targets, _ = discover(opened.model)
+    targets, _ = discover(
+        opened.model, targets=recipe.targets or None, ignore=recipe.ignore or None
+    )
     by_name = {target.name: target for target in targets if target.name in checkpoint.data.modules}
     worst = 0.0
     limit = recipe.max_gram_gb
