@@ -21,8 +21,8 @@ from model import fetch_smollm2
 
 RATIO = "0.3"
 PROMPT = "The most important thing to know about the ocean is"
-CALIBRATION = ["--calibration", "builtin", "--samples", "48", "--sequence-length", "1024"]
-EVALUATION = ["--text", "builtin", "--context", "1024", "--windows", "16"]
+CALIBRATION = ["--calibration", "builtin", "--samples", "24", "--sequence-length", "1024"]
+EVALUATION = ["--text", "builtin", "--context", "1024", "--windows", "12"]
 
 
 @dataclass
@@ -104,7 +104,7 @@ def main(directory: Path) -> None:
     """Run everything; finished parts are kept and not run again."""
     start = time.perf_counter()
     gguf = fetch_smollm2(directory / "source")
-    sparse, report = compress(directory, gguf, "cospadi")
+    sparse, report = compress(directory, gguf, "cospadi", "--iterations", "5")
     low_rank, _ = compress(directory, gguf, "svd-llm", "--method", "svd-llm")
     dense = directory / "dense"
     if not (dense / "config.json").exists():
