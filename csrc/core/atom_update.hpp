@@ -10,8 +10,8 @@
 
 namespace cospadi::detail {
 
-/// Which signals use an atom, and where their coefficient is: the transpose of `indices`, built once
-/// per call. Signals are ascending per atom.
+/// Which signals use an atom, and where their coefficient is: the transpose of `indices`, built
+/// once per call. Signals are ascending per atom.
 class SupportIndex {
  public:
   SupportIndex(MatrixView<const int32_t> indices, int64_t n_atoms);
@@ -104,15 +104,17 @@ class BlockedSweep {
   MatrixView<T> directions(int64_t size, int64_t dim) const {
     return {directions_.data(), 2 * size, dim};
   }
-  MatrixView<T> old_atoms(int64_t size, int64_t dim) const { return {directions_.data(), size, dim}; }
+  MatrixView<T> old_atoms(int64_t size, int64_t dim) const {
+    return {directions_.data(), size, dim};
+  }
   MatrixView<T> new_atoms(int64_t size, int64_t dim) const {
     return {directions_.data() + size * dim, size, dim};
   }
 
   int64_t block_size_;
-  AlignedBuffer<T> codes_;        // [n_signals x 2 block] old coefficients, minus the new ones
-  AlignedBuffer<T> directions_;   // [2 block x dim] old atoms, new atoms
-  AlignedBuffer<T> projections_;  // [n_signals x block]
+  AlignedBuffer<T> codes_;             // [n_signals x 2 block] old coefficients, minus the new ones
+  AlignedBuffer<T> directions_;        // [2 block x dim] old atoms, new atoms
+  AlignedBuffer<T> projections_;       // [n_signals x block]
   AlignedBuffer<uint8_t> is_updated_;  // [block]
   AlignedBuffer<double> energies_;     // [n_signals]
   int64_t bytes_;

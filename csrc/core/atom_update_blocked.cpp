@@ -74,7 +74,8 @@ int64_t BlockedSweep<T>::run(const AtomUpdate<T>& update, double energy) const {
   return n_halved;
 }
 
-/// Old atoms, and the block's coefficients as dense columns, once as the old and once as the new ones.
+/// Old atoms, and the block's coefficients as dense columns, once as the old and once as the new
+/// ones.
 template <class T>
 void BlockedSweep<T>::load_block(const AtomUpdate<T>& update, int64_t first, int64_t size) const {
   const int64_t n = update.residual.rows;
@@ -120,7 +121,11 @@ void BlockedSweep<T>::improve_block(const AtomUpdate<T>& update,
       is_updated[j] = normalise(direction, dim) ? 1 : 0;
       if (is_updated[j] == 0) std::copy_n(old_d.row(j), dim, direction);
     });
-    gemm(T(1), update.residual, StridedView<const T>(new_d).transposed(), T(0), projections,
+    gemm(T(1),
+         update.residual,
+         StridedView<const T>(new_d).transposed(),
+         T(0),
+         projections,
          n_threads);
     const T sign = iteration + 1 == update.power_iterations ? T(-1) : T(1);
     parallel_for(size, n_threads, [&](int64_t j, int) {
@@ -128,8 +133,8 @@ void BlockedSweep<T>::improve_block(const AtomUpdate<T>& update,
       const int32_t* rows = update.support->rows(first + j);
       for (int64_t i = 0; i < update.support->count(first + j); ++i) {
         const T old_value = old_x(rows[i], j);
-        const T value = is_updated[j] != 0 ? projections(rows[i], j) + offset * old_value
-                                           : old_value;
+        const T value =
+            is_updated[j] != 0 ? projections(rows[i], j) + offset * old_value : old_value;
         new_x(rows[i], j) = sign * value;
       }
     });

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kPartitions = 16;
 
 // Below this many residual elements a parallel region costs more than it saves.
-constexpr int64_t kParallelElements = int64_t{1} << 16;
+constexpr int64_t kParallelElements = int64_t{1} << 18;
 
 template <class T>
 T dot(const T* a, const T* b, int64_t n) {

@@ -15,7 +15,8 @@ namespace cospadi::detail {
 template <class T>
 bool all_finite(const T* data, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Bits kExponent = sizeof(T) == 4 ? Bits{0x7f800000} : static_cast<Bits>(0x7ff0000000000000);
+  constexpr Bits kExponent =
+      sizeof(T) == 4 ? Bits{0x7f800000} : static_cast<Bits>(0x7ff0000000000000);
   Bits bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     Bits bits;
@@ -32,8 +33,7 @@ void require_finite(const MatrixView<const T>& m, const char* name) {
     if (all_finite(m.row(i), m.cols)) continue;
     int64_t j = 0;
     while (all_finite(m.row(i) + j, 1)) ++j;
-    const std::string position =
-        m.rows == 1 ? "[" + std::to_string(j) + "]" : shape_text(i, j);
+    const std::string position = m.rows == 1 ? "[" + std::to_string(j) + "]" : shape_text(i, j);
     throw Error(ErrorCode::kInvalidArgument,
                 std::string(name) + ": element " + position + " is not finite");
   }

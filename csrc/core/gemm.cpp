@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "core/buffer.hpp"
 #include "core/check.hpp"
@@ -15,11 +17,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 const cpu::GemmKernels<T>& gemm_kernels() {
-  if constexpr (sizeof(T) == 4) {
-    return cpu::kernels().gemm_f32;
-  } else {
-    return cpu::kernels().gemm_f64;
-  }
+  if constexpr (std::is_same_v<T, float>) return cpu::kernels().gemm_f32;
+  if constexpr (std::is_same_v<T, double>) return cpu::kernels().gemm_f64;
 }
 
 /// How the three dimensions are cut. Only k_step decides the order of a sum, and it depends on k
@@ -35,7 +34,7 @@ struct Blocking {
 
 constexpr int64_t kMaxDepth = 256;
 constexpr int64_t kMaxBlock = 4096;
-constexpr int64_t kMaxPacked = int64_t{1} << 21;  // elements of a and b packed at once
+constexpr int64_t kMaxPacked = 2 * 1024 * 1024;  // elements of a and b packed at once
 constexpr int64_t kRowTile = 168;
 constexpr int64_t kColTile = 512;
 
@@ -60,7 +59,7 @@ Blocking choose_blocking(
     return ceil_div(blocking.row_block, blocking.row_tile) *
            ceil_div(blocking.col_block, blocking.col_tile);
   };
-  while (n_threads > 1 && n_tasks() < 4 * n_threads) {
+  while (n_threads > 1 && n_tasks() < int64_t{4} * n_threads) {
     if (blocking.col_tile > 2 * panel_cols) {
       blocking.col_tile = even_piece(blocking.col_tile, ceil_div(blocking.col_tile, 2), panel_cols);
     } else if (blocking.row_tile > 4 * panel_rows) {
@@ -211,11 +210,10 @@ void gemm(T alpha,
   if (k == 0 || alpha == T(0)) return scale(beta, c);
 
   const cpu::GemmKernels<T>& kernels = gemm_kernels<T>();
-  // Below some tens of microseconds of work a second thread costs more than it gives.
-  const bool is_small =
-      static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) < 1e6;
+  constexpr double kWorkPerThread = 1e6;  // multiply-adds: some 20 us
+  const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   const int64_t n_panels = ceil_div(m, kernels.panel_rows) * ceil_div(n, kernels.panel_cols);
-  const int team = is_small ? 1 : resolve_threads(n_threads, n_panels);
+  const int team = worthwhile_threads(resolve_threads(n_threads, n_panels), work, kWorkPerThread);
   const Blocking blocking = choose_blocking(m, n, k, kernels.panel_rows, kernels.panel_cols, team);
   const AlignedBuffer<T> a_packed(blocking.row_block * blocking.k_group);
   const AlignedBuffer<T> b_packed(blocking.col_block * blocking.k_group);

@@ -60,8 +60,10 @@ Plan make_plan(int64_t n_atoms, int64_t n_signals, const OmpOptions& options) {
   plan.block_size = options.block_size > 0 ? options.block_size : kernel.default_block_size;
   plan.gram_stride = kernel.gram_stride(n_atoms);
   plan.gram_bytes = checked_product(checked_product(n_atoms, plan.gram_stride, "gram copy"),
-                                    static_cast<int64_t>(sizeof(T)), "gram copy");
-  // n_atoms and sparsity are below 2^30, so the history and the factor fit in 64 bits.
+                                    static_cast<int64_t>(sizeof(T)),
+                                    "gram copy");
+  // The history and the factor take less than 32 bytes per pair of atom and step.
+  checked_product(checked_product(n_atoms, options.sparsity, "history"), 32, "history");
   plan.arena_bytes = kernel.arena_bytes(n_atoms, options.sparsity, plan.block_size);
   plan.total_bytes = checked_product(plan.arena_bytes, plan.n_threads, "workspace");
   require(!__builtin_add_overflow(plan.total_bytes, plan.gram_bytes, &plan.total_bytes),
@@ -136,9 +138,9 @@ OmpStats omp_encode(MatrixView<const T> gram,
   OmpStats stats;
   if (n_signals == 0) return stats;
 
-  const AlignedBuffer<std::byte> gram_memory(plan.gram_bytes);
+  const AlignedBuffer<std::byte> gram_memory(plan.gram_bytes, detail::Pages::kHuge);
   const AlignedBuffer<T> scales(gram.rows);
-  const AlignedBuffer<std::byte> arenas(plan.arena_bytes * plan.n_threads);
+  const AlignedBuffer<std::byte> arenas(plan.arena_bytes * plan.n_threads, detail::Pages::kHuge);
   T* scaled_gram = reinterpret_cast<T*>(gram_memory.data());
   scale_gram(gram, plan.gram_stride, plan.n_threads, scales.data(), scaled_gram);
 
@@ -178,10 +180,15 @@ OmpStats omp_encode(MatrixView<const T> gram,
   return stats;
 }
 
-#define COSPADI_INSTANTIATE_OMP(T)                                                          \
-  template int64_t omp_workspace_bytes<T>(int64_t, int64_t, const OmpOptions&);             \
-  template OmpStats omp_encode<T>(MatrixView<const T>, MatrixView<const T>, const T*,       \
-                                  const OmpOptions&, MatrixView<int32_t>, MatrixView<T>, T*)
+#define COSPADI_INSTANTIATE_OMP(T)                                              \
+  template int64_t omp_workspace_bytes<T>(int64_t, int64_t, const OmpOptions&); \
+  template OmpStats omp_encode<T>(MatrixView<const T>,                          \
+                                  MatrixView<const T>,                          \
+                                  const T*,                                     \
+                                  const OmpOptions&,                            \
+                                  MatrixView<int32_t>,                          \
+                                  MatrixView<T>,                                \
+                                  T*)
 COSPADI_INSTANTIATE_OMP(float);
 COSPADI_INSTANTIATE_OMP(double);
 #undef COSPADI_INSTANTIATE_OMP

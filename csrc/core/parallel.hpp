@@ -14,6 +14,12 @@ inline int resolve_threads(int requested, int64_t n_tasks) {
   return static_cast<int>(std::clamp<int64_t>(n_tasks, 1, wanted));
 }
 
+/// At most one thread per `unit` of `work`: waking one up costs some microseconds, and a time slice
+/// (milliseconds) on a machine that is busy with something else.
+inline int worthwhile_threads(int n_threads, double work, double unit) {
+  return static_cast<int>(std::clamp(work / unit, 1.0, static_cast<double>(n_threads)));
+}
+
 /// Calls `body(task, thread)` for task = 0 .. n_tasks - 1. Tasks are handed out one at a time, so
 /// results must not depend on which thread runs a task. `body` must not throw.
 template <class Body>

@@ -68,8 +68,8 @@ struct Product {
   TypedMatrix y;
   int n_threads;
 
-  cpu::StoredRows stored_rows(int64_t first, int64_t count) const {
-    return {z.dtype, count, element(z, first, 0), z.stride};
+  [[nodiscard]] cpu::StoredRows stored_rows(int64_t first, int64_t count) const {
+    return {.dtype = z.dtype, .rows = count, .data = element(z, first, 0), .stride = z.stride};
   }
 
   /// y(row .. row + rows, col .. col + cols) = sums + bias.
@@ -97,7 +97,12 @@ void Product::multiply_few(int64_t first_row, int64_t rows) const {
   // Each thread walks a few long runs of columns: what it fetches ahead is then its own.
   constexpr int64_t kBlock = 64;
   constexpr int64_t kRunsPerThread = 4;
-  const int team = detail::resolve_threads(n_threads, ceil_div(d_out, kBlock));
+  // One word of one column costs about as much as four rows of arithmetic on it.
+  constexpr double kWorkPerThread = 2e6;  // measured: 20 us
+  const double work =
+      static_cast<double>(d_out) * static_cast<double>(s.n_atoms) * static_cast<double>(rows + 4);
+  const int wanted = detail::resolve_threads(n_threads, ceil_div(d_out, kBlock));
+  const int team = detail::worthwhile_threads(wanted, work, kWorkPerThread);
   const int64_t run = ceil_div(ceil_div(d_out, kRunsPerThread * team), kBlock) * kBlock;
 
   const AlignedBuffer<float> prepared(kernels.prepared_size(rows, s.n_atoms));
@@ -116,8 +121,8 @@ void Product::multiply_few(int64_t first_row, int64_t rows) const {
 
 /// S expanded to packed panels, block of columns by block of columns, and multiplied as dense.
 void Product::multiply_many() const {
-  constexpr int64_t kDepth = 256;                        // elements: a panel stays in the L1 cache
-  constexpr int64_t kPackedElements = int64_t{1} << 20;  // of z at a time: 4 MiB
+  constexpr int64_t kDepth = 256;                   // elements: a panel stays in the L1 cache
+  constexpr int64_t kPackedElements = 1024 * 1024;  // of z at a time: 4 MiB
   constexpr int64_t kMaxRows = 512;
   const int64_t word_elements = kernels.word_elements(z.dtype, s.dtype);
   const int64_t n_words = ceil_div(s.n_atoms, cpu::kMaskWord);
@@ -129,7 +134,11 @@ void Product::multiply_many() const {
   const int64_t max_rows = std::clamp<int64_t>(affordable, 64, kMaxRows);
   const int64_t row_block =
       ceil_div(ceil_div(z.rows, ceil_div(z.rows, max_rows)), panel_rows) * panel_rows;
-  const int wanted = detail::resolve_threads(n_threads, ceil_div(d_out, panel_cols));
+  constexpr double kWorkPerThread = 2e6;  // multiply-adds: some 20 us
+  const double work =
+      static_cast<double>(d_out) * static_cast<double>(s.n_atoms) * static_cast<double>(z.rows);
+  const int wanted = detail::worthwhile_threads(
+      detail::resolve_threads(n_threads, ceil_div(d_out, panel_cols)), work, kWorkPerThread);
   // Two panels share each packed row panel, unless that leaves threads without work.
   const int64_t col_block = d_out >= 8 * panel_cols * wanted ? 2 * panel_cols : panel_cols;
   const int64_t n_tasks = ceil_div(d_out, col_block);

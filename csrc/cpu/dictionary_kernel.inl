@@ -52,8 +52,7 @@ void subtract_atoms(const T* signal,
 }
 
 template <class T, int R>
-inline void accumulate_group(
-    const ResidualRows<T>& rows, int64_t first, const T* weights, T* out) {
+inline void accumulate_group(const ResidualRows<T>& rows, int64_t first, const T* weights, T* out) {
   const T* source[R];
   Vec<T> weight[R];
   for (int r = 0; r < R; ++r) {
@@ -143,8 +142,7 @@ void project_rows(const ResidualRows<T>& rows,
                   T* projections) noexcept {
   int64_t i = 0;
   for (; i + kDotsTogether <= rows.n_rows; i += kDotsTogether) {
-    project_group<T, kDotsTogether>(
-        rows, i, direction, old_coeffs, offset, old_atom, projections);
+    project_group<T, kDotsTogether>(rows, i, direction, old_coeffs, offset, old_atom, projections);
   }
   for (; i < rows.n_rows; ++i) {
     project_group<T, 1>(rows, i, direction, old_coeffs, offset, old_atom, projections);
@@ -154,7 +152,8 @@ void project_rows(const ResidualRows<T>& rows,
 /// As many elements as a vector of doubles has, so that float rows can be widened.
 template <class T>
 struct NarrowOf {
-  typedef T type __attribute__((vector_size(kWidth<double> * sizeof(T)), aligned(alignof(T)), may_alias));
+  typedef T type
+      __attribute__((vector_size(kWidth<double> * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 
 template <class T>

@@ -8,10 +8,10 @@ namespace cospadi::cpu {
 /// Some rows of the residual matrix, and the coefficients of one atom on them.
 template <class T>
 struct ResidualRows {
-  T* residual;           // [n_signals x stride]
+  T* residual;  // [n_signals x stride]
   int64_t stride;
   int64_t dim;
-  const int32_t* rows;   // [n_rows] row numbers
+  const int32_t* rows;  // [n_rows] row numbers
   int64_t n_rows;
 };
 

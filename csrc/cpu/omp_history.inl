@@ -25,6 +25,10 @@ inline constexpr int kPanelVectors = 2;
 inline constexpr int kTileRows = 4;
 #endif
 
+/// Candidate rows per pass: 8 to 12 are fastest at 488 and 2016 atoms with AVX2 and AVX-512; more rows
+/// wait longer and are finished by the slower sweep.
+inline constexpr int64_t kDefaultBlockSize = 8;
+
 /// Candidate rows that may wait at the same time, as a multiple of the block size: candidates that
 /// were computed but not chosen yet stay valid.
 inline constexpr int64_t kCacheBlocks = 3;
@@ -75,33 +79,33 @@ struct ArenaCursor {
 template <class T>
 struct OmpState {
   const OmpProblem<T>* problem;
-  int64_t n_slots;        // live atoms at the last squeeze (padding not counted)
-  int64_t panel_stride;   // elements between panels of the history
-  int64_t row_stride;     // elements between candidate rows
+  int64_t n_slots;       // live atoms at the last squeeze (padding not counted)
+  int64_t panel_stride;  // elements between panels of the history
+  int64_t row_stride;    // elements between candidate rows
   int64_t cache_capacity;
 
-  T* history;       // [panel][sparsity][kPanelLanes]
-  T* rows;          // [cache_capacity x row_stride] candidate rows
-  T* columns;       // [cache_capacity x sparsity] history column of each candidate
-  T* interleaved;   // [row group][sparsity][rows of the group] columns as the tile reads them
-  T* factor;        // packed lower triangle of the Cholesky factor without its diagonal
-  T* correlation;   // [slots] <d_j, r>
-  T* energy;        // [slots] |q_j|^2; at most the tolerance: chosen, dependent or padding
-  T* noise;         // [slots] rounding error of the energy; an atom with less energy is dependent
-  T* scratch;       // [slots] one row while squeezing; scores while choosing candidates
-  T* explained;     // [sparsity] alpha_t = <h_t direction, y>
-  T* pivots;        // [sparsity] sqrt(n_{j_t})
-  int32_t* slot_atom;      // [slots]
-  int32_t* row_of_slot;    // [slots] candidate row or -1
-  int32_t* order;          // [sparsity] atoms as chosen
-  int32_t* rank_of_atom;   // [n_atoms] step at which an atom was chosen or -1
-  uint32_t* live_masks;    // [vectors of atoms] atoms that still have a slot, one bit per lane
-  uint32_t* squeeze_masks; // [vectors of slots] slots that stay
-  int32_t* free_rows;      // [cache_capacity] stack
+  T* history;      // [panel][sparsity][kPanelLanes]
+  T* rows;         // [cache_capacity x row_stride] candidate rows
+  T* columns;      // [cache_capacity x sparsity] history column of each candidate
+  T* interleaved;  // [row group][sparsity][rows of the group] columns as the tile reads them
+  T* factor;       // packed lower triangle of the Cholesky factor without its diagonal
+  T* correlation;  // [slots] <d_j, r>
+  T* energy;       // [slots] |q_j|^2; at most the tolerance: chosen, dependent or padding
+  T* noise;        // [slots] rounding error of the energy; an atom with less energy is dependent
+  T* scratch;      // [slots] one row while squeezing; scores while choosing candidates
+  T* explained;    // [sparsity] alpha_t = <h_t direction, y>
+  T* pivots;       // [sparsity] sqrt(n_{j_t})
+  int32_t* slot_atom;        // [slots]
+  int32_t* row_of_slot;      // [slots] candidate row or -1
+  int32_t* order;            // [sparsity] atoms as chosen
+  int32_t* rank_of_atom;     // [n_atoms] step at which an atom was chosen or -1
+  uint32_t* live_masks;      // [vectors of atoms] atoms that still have a slot, one bit per lane
+  uint32_t* squeeze_masks;   // [vectors of slots] slots that stay
+  int32_t* free_rows;        // [cache_capacity] stack
   CandidateRow* candidates;  // [cache_capacity]
-  int32_t* chosen_rows;    // [block size] candidate rows of one pass
-  T* top_scores;           // [block size] while choosing candidates
-  int32_t* top_slots;      // [block size]
+  int32_t* chosen_rows;      // [block size] candidate rows of one pass
+  T* top_scores;             // [block size] while choosing candidates
+  int32_t* top_slots;        // [block size]
   int64_t n_free;
   bool is_squeezed;
 
@@ -212,7 +216,8 @@ void reduce_rows(const OmpState<T>& state, const int32_t* ids, int64_t n_ids, in
       }
       switch (group) {
         case 8:
-          reduce_panel<T, (kTileRows >= 8 ? 8 : 1)>(panel, n_vectors - first, interleaved, n_steps, rows);
+          reduce_panel<T, (kTileRows >= 8 ? 8 : 1)>(
+              panel, n_vectors - first, interleaved, n_steps, rows);
           break;
         case 4:
           reduce_panel<T, 4>(panel, n_vectors - first, interleaved, n_steps, rows);

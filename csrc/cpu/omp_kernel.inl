@@ -1,10 +1,10 @@
 // Exact OMP / ORMP of one signal.
 //
-// A row cache makes the exact greedy method run at BLAS-3 speed: when the chosen atom has no row yet,
-// one pass over the history computes the rows of the best `block_size` atoms, most of which are
-// chosen within the next steps. A row stays valid however long it waits: the steps taken since then
-// are subtracted when it is used. Every row thus gets the same sums in the same order as in the
-// plain algorithm, whatever the block size: speculation costs time, never exactness.
+// A row cache makes the exact greedy method run at BLAS-3 speed: when the chosen atom has no row
+// yet, one pass over the history computes the rows of the best `block_size` atoms, most of which
+// are chosen within the next steps. A row stays valid however long it waits: the steps taken since
+// then are subtracted when it is used. Every row thus gets the same sums in the same order as in
+// the plain algorithm, whatever the block size: speculation costs time, never exactness.
 
 namespace omp {
 
@@ -65,8 +65,8 @@ Best<T> best_slot(const OmpState<T>& state) {
 /// Epsilons of rounding error that every energy starts with.
 inline constexpr int kEnergyNoise = 64;
 
-/// One step after an atom was chosen: finishes its history row, stores it, and updates correlations,
-/// energies and the best atom in the same sweep. V vectors of atoms at a time.
+/// One step after an atom was chosen: finishes its history row, stores it, and updates
+/// correlations, energies and the best atom in the same sweep. V vectors of atoms at a time.
 template <class T, bool kIsOrmp, int V>
 inline void sweep_vectors(OmpState<T>& state,
                           const T* row,
@@ -84,7 +84,8 @@ inline void sweep_vectors(OmpState<T>& state,
   Vec<T> value[V];
   for (int v = 0; v < V; ++v) {
     const int64_t at = first_vector + v;
-    source[v] = state.history + at / kPanelVectors * state.panel_stride + at % kPanelVectors * kLanes;
+    source[v] =
+        state.history + at / kPanelVectors * state.panel_stride + at % kPanelVectors * kLanes;
     value[v] = load(row + at * kLanes);
   }
   for (int64_t t = first_step; t < step; ++t) {
@@ -111,7 +112,8 @@ inline void sweep_vectors(OmpState<T>& state,
 }
 
 template <class T, bool kIsOrmp>
-Best<T> sweep(OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T explained, T pivot_noise) {
+Best<T> sweep(
+    OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T explained, T pivot_noise) {
   const int64_t n_vectors = state.n_vectors();
   const int64_t first_step = state.candidates[id].n_steps;
   const T* row = state.row(id);
@@ -122,12 +124,30 @@ Best<T> sweep(OmpState<T>& state, int64_t id, int64_t step, T inverse_pivot, T e
   constexpr int kBoth = 2 * kPanelVectors;
   int64_t v = 0;
   for (; v + kBoth <= n_vectors; v += kBoth) {
-    sweep_vectors<T, kIsOrmp, kBoth>(
-        state, row, weights, first_step, step, inverse_pivot, explained, pivot_noise, v, slots, best);
+    sweep_vectors<T, kIsOrmp, kBoth>(state,
+                                     row,
+                                     weights,
+                                     first_step,
+                                     step,
+                                     inverse_pivot,
+                                     explained,
+                                     pivot_noise,
+                                     v,
+                                     slots,
+                                     best);
   }
   for (; v < n_vectors; ++v) {
-    sweep_vectors<T, kIsOrmp, 1>(
-        state, row, weights, first_step, step, inverse_pivot, explained, pivot_noise, v, slots, best);
+    sweep_vectors<T, kIsOrmp, 1>(state,
+                                 row,
+                                 weights,
+                                 first_step,
+                                 step,
+                                 inverse_pivot,
+                                 explained,
+                                 pivot_noise,
+                                 v,
+                                 slots,
+                                 best);
   }
   return best.result();
 }
@@ -201,7 +221,8 @@ void evict_candidates(OmpState<T>& state, int64_t n_wanted) {
   }
 }
 
-/// One pass: computes the rows of `slot` and of the atoms likely to be chosen next; returns how many.
+/// One pass: computes the rows of `slot` and of the atoms likely to be chosen next; returns how
+/// many.
 template <class T, bool kIsOrmp>
 int64_t fill_rows(OmpState<T>& state, int64_t slot, int64_t step, int64_t n_wanted) {
   evict_candidates<T, kIsOrmp>(state, n_wanted);
@@ -225,7 +246,8 @@ int64_t fill_rows(OmpState<T>& state, int64_t slot, int64_t step, int64_t n_want
   return n_ids;
 }
 
-/// Sets the state to "nothing chosen"; correlations are scaled by `scale` and the atoms' own scales.
+/// Sets the state to "nothing chosen"; correlations are scaled by `scale` and the atoms' own
+/// scales.
 template <class T>
 void reset(OmpState<T>& state, const T* correlations, T scale) {
   const OmpProblem<T>& p = *state.problem;
@@ -252,8 +274,8 @@ void reset(OmpState<T>& state, const T* correlations, T scale) {
   }
 }
 
-/// Power of two that brings the largest correlation to about 1, so that squares neither overflow nor
-/// vanish. Exact, so a scaled signal gets the same support and exactly scaled coefficients.
+/// Power of two that brings the largest correlation to about 1, so that squares neither overflow
+/// nor vanish. Exact, so a scaled signal gets the same support and exactly scaled coefficients.
 template <class T>
 int correlation_exponent(const T* correlations, int64_t n) {
   T largest = T(0);
@@ -285,8 +307,7 @@ void write_code(OmpState<T>& state, int64_t n_chosen, int exponent, OmpSignal<T>
     if (rank < 0 && n_missing == 0) continue;
     if (rank < 0) --n_missing;
     signal.indices[n_written] = static_cast<int32_t>(atom);
-    signal.coeffs[n_written] =
-        rank < 0 ? T(0) : std::ldexp(x[rank] * p.scales[atom], exponent);
+    signal.coeffs[n_written] = rank < 0 ? T(0) : std::ldexp(x[rank] * p.scales[atom], exponent);
     ++n_written;
   }
 }
@@ -356,7 +377,9 @@ void encode_signal(const OmpProblem<T>& problem, OmpSignal<T>& signal, std::byte
 template <class T>
 OmpEntry<T> make_entry() {
   OmpEntry<T> entry{};
-  entry.gram_stride = [](int64_t n_atoms) { return skewed_stride<T>(OmpState<T>::padded(n_atoms)); };
+  entry.gram_stride = [](int64_t n_atoms) {
+    return skewed_stride<T>(OmpState<T>::padded(n_atoms));
+  };
   entry.arena_bytes = [](int64_t n_atoms, int64_t sparsity, int64_t block_size) {
     OmpProblem<T> problem{};
     problem.n_atoms = n_atoms;
@@ -365,7 +388,7 @@ OmpEntry<T> make_entry() {
     OmpState<T> state;
     return state.place(problem, nullptr);
   };
-  entry.default_block_size = kTileRows;
+  entry.default_block_size = kDefaultBlockSize;
   entry.encode = [](const OmpProblem<T>& problem, OmpSignal<T>& signal, std::byte* arena) {
     if (problem.is_ormp) {
       encode_signal<T, true>(problem, signal, arena);

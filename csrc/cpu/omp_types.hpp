@@ -9,9 +9,9 @@ namespace cospadi::cpu {
 /// One dictionary with its atoms scaled to unit norm, shared by all signals of a call.
 template <class T>
 struct OmpProblem {
-  const T* gram;       // [n_atoms x gram_stride] unit diagonal (0 for a zero atom), padding zero
+  const T* gram;  // [n_atoms x gram_stride] unit diagonal (0 for a zero atom), padding zero
   int64_t gram_stride;
-  const T* scales;     // [n_atoms] 1 / |d_j|, 0 for a zero atom
+  const T* scales;  // [n_atoms] 1 / |d_j|, 0 for a zero atom
   int64_t n_atoms;
   int64_t sparsity;
   int64_t block_size;  // candidate rows per pass over the history

@@ -2,26 +2,35 @@
 //
 // Both operands use the order of the Format inside a mask word, so only the order of a sum changes.
 
+/// Lanes kOffset, kOffset + 1, ... of a and b in turn, half a vector of each.
+template <int kOffset>
+inline Vec<float> interleave(Vec<float> a, Vec<float> b) {
+  constexpr int kW = kWidth<float>;
+#if defined(__GNUC__) && !defined(__clang__)
+  typedef int32_t Order __attribute__((vector_size(COSPADI_VECTOR_BYTES)));
+  Order order;
+  for (int i = 0; i < kW; ++i) order[i] = kOffset + i / 2 + (i % 2) * kW;
+  return __builtin_shuffle(a, b, order);
+#else
+  Vec<float> result;
+  for (int i = 0; i < kW; ++i) result[i] = i % 2 == 0 ? a[kOffset + i / 2] : b[kOffset + i / 2];
+  return result;
+#endif
+}
+
 /// Transposes the kW x kW block whose rows are `rows[i]`; calls `put(i, row i of the transpose)`.
 ///
 /// log2(kW) rounds; each interleaves the first half of the vectors with the second.
 template <class Put>
 inline void transpose(Vec<float>* rows, const Put& put) {
   constexpr int kW = kWidth<float>;
-  typedef int32_t Order __attribute__((vector_size(COSPADI_VECTOR_BYTES)));
-  Order low;
-  Order high;
-  for (int i = 0; i < kW; ++i) {
-    low[i] = i / 2 + (i % 2) * kW;
-    high[i] = low[i] + kW / 2;
-  }
 #pragma GCC unroll 4
   for (int round = 1; round < kW; round *= 2) {
     Vec<float> next[kW];
 #pragma GCC unroll 8
     for (int i = 0; i < kW / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kW / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kW / 2], high);
+      next[2 * i] = interleave<0>(rows[i], rows[i + kW / 2]);
+      next[2 * i + 1] = interleave<kW / 2>(rows[i], rows[i + kW / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kW; ++i) rows[i] = next[i];

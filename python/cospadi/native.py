@@ -6,6 +6,7 @@ follow the learner's convention: signals and atoms are rows. Every function has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,31 +43,43 @@ def _native_errors(function: str) -> Iterator[None]:
 
 
 def _check_tensor(
-    function: str, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
+    function: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Raise `InputError` unless `tensor` is a strided CPU tensor of this shape (None: any size) and dtype."""
     if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{function}: {name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        raise InputError(
+            f"{function}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
+        )
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise InputError(
             f"{function}: {name}: expected a strided CPU tensor, got {tensor.layout} on {tensor.device}; call .cpu()"
         )
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{function}: {name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise InputError(
+            f"{function}: {name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
     matches = tensor.dim() == len(shape) and all(
         wanted is None or wanted == got for wanted, got in zip(shape, tensor.shape, strict=True)
     )
     if not matches:
         wanted_text = ", ".join("*" if size is None else str(size) for size in shape)
-        raise InputError(f"{function}: {name}: expected shape [{wanted_text}], got {list(tensor.shape)}")
+        raise InputError(
+            f"{function}: {name}: expected shape [{wanted_text}], got {list(tensor.shape)}"
+        )
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` detached and with unit inner stride; a copy only where the layout asks for one."""
     tensor = tensor.detach()
-    if tensor.dim() == 2 and tensor.numel() > 0 and (
-        tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1]
+    if (
+        tensor.dim() == 2
+        and tensor.numel() > 0
+        and (tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1])
     ):
         return tensor.contiguous()
     return tensor if tensor.dim() == 2 else tensor.contiguous()
@@ -231,7 +244,9 @@ def omp_encode(
             coeffs.data_ptr(),
             0 if residual_energies is None else residual_energies.data_ptr(),
         )
-    return OmpResult(indices, coeffs, residual_energies, n_padded, workspace_bytes, n_passes, n_rows)
+    return OmpResult(
+        indices, coeffs, residual_energies, n_padded, workspace_bytes, n_passes, n_rows
+    )
 
 
 @dataclass(frozen=True)
@@ -338,7 +353,9 @@ def update_atoms(
         raise InputError(f"{name}: unused: expected 'skip' or 'reseed', got {unused!r}")
     for label, tensor in (("atoms", atoms), ("coeffs", coeffs)):
         if tensor.numel() and _rows(tensor).data_ptr() != tensor.data_ptr():
-            raise InputError(f"{name}: {label}: updated in place, so rows must have unit stride; call .contiguous()")
+            raise InputError(
+                f"{name}: {label}: updated in place, so rows must have unit stride; call .contiguous()"
+            )
     signals, indices = _rows(signals), _rows(indices)
     update = _C.update_atoms_f32 if atoms.dtype == torch.float32 else _C.update_atoms_f64
     with _native_errors(name):
@@ -419,10 +436,12 @@ def gemm(
             a.data_ptr(),
             m,
             k,
-            *a.stride(),
+            a.stride(0),
+            a.stride(1),
             b.data_ptr(),
             n,
-            *b.stride(),
+            b.stride(0),
+            b.stride(1),
             beta,
             out.data_ptr(),
             _row_stride(out),
@@ -456,8 +475,8 @@ def sparse_gemm(
     Parameters
     ----------
     z : torch.Tensor
-        ``[rows, n_atoms]`` float32, bfloat16 or float16 on the CPU, any number of rows and any row
-        stride; a view without unit inner stride is copied.
+        ``[..., n_atoms]`` float32, bfloat16 or float16 on the CPU, any number of rows. A matrix may
+        have any row stride; other views that are not contiguous are copied.
     mask : torch.Tensor
         ``[d_out, ceil(n_atoms / 8)]`` uint8: bit ``a & 7`` of byte ``a >> 3`` is set if output j
         uses atom a. Trusted: `validate_mask` is the check to make once, when a matrix is loaded.
@@ -472,7 +491,7 @@ def sparse_gemm(
     Returns
     -------
     torch.Tensor
-        ``[rows, d_out]``, dtype of `z`, contiguous; no autograd (see `cospadi.ops.sparse_gemm`).
+        ``[..., d_out]``, dtype of `z`, contiguous; no autograd (see `cospadi.ops.sparse_gemm`).
 
     Raises
     ------
@@ -484,48 +503,59 @@ def sparse_gemm(
     Sums are in float32 and rounded once; the result is the same to the bit for any thread count.
     Up to about 16 rows the cost is one pass over `mask` and `coeffs`; beyond, a dense product.
     """
-    shape, mask_shape, coeffs_shape = z.shape, mask.shape, coeffs.shape
+    mask_shape, coeffs_shape = mask.shape, coeffs.shape
     is_valid = (
         z.is_cpu
         and mask.is_cpu
         and coeffs.is_cpu
+        and z.dim() > 0
+        and len(mask_shape) == len(coeffs_shape) == 2
         and z.dtype in _FLOAT_CODES
         and mask.dtype is torch.uint8
         and coeffs.dtype in _FLOAT_CODES
-        and len(shape) == len(mask_shape) == len(coeffs_shape) == 2
         and mask_shape[0] == coeffs_shape[0]
-        and mask_shape[1] == (shape[1] + 7) // 8
-        and coeffs_shape[1] <= shape[1]
+        and mask_shape[1] == (z.shape[-1] + 7) // 8
+        and coeffs_shape[1] <= z.shape[-1]
+        and (bias is None or _is_bias(bias, coeffs_shape[0]))
     )
-    if not is_valid or (bias is not None and not _is_bias(bias, coeffs_shape[0])):
+    if not is_valid:
         _raise_sparse_gemm_error(z, mask, coeffs, bias)
-    if z.stride(1) != 1 or z.stride(0) < shape[1]:
-        z = z.contiguous()
-    if not mask.is_contiguous():
-        mask = mask.contiguous()
-    if not coeffs.is_contiguous():
-        coeffs = coeffs.contiguous()
-    if bias is not None and bias.stride(0) != 1:
+    *batch, n_atoms = z.shape
+    d_out, sparsity = coeffs_shape
+    z_stride = n_atoms
+    if not z.is_contiguous():
+        if len(batch) == 1 and z.stride(1) == 1 and z.stride(0) >= n_atoms:
+            z_stride = z.stride(0)
+        else:
+            z = z.contiguous()
+    y = z.new_empty((*batch, d_out))
+    # Copies stay referenced until the call has returned.
+    mask, coeffs = mask.contiguous(), coeffs.contiguous()
+    bias_address = bias_code = 0
+    if bias is not None:
         bias = bias.contiguous()
-    y = z.new_empty((shape[0], coeffs_shape[0]))
-    with _native_errors("sparse_gemm"):
+        bias_address, bias_code = bias.data_ptr(), _FLOAT_CODES[bias.dtype]
+    try:
         _C.sparse_gemm(
             z.data_ptr(),
             _FLOAT_CODES[z.dtype],
-            shape[0],
-            max(z.stride(0), shape[1]),
-            shape[1],
+            math.prod(batch),
+            z_stride,
+            n_atoms,
             mask.data_ptr(),
             mask_shape[1],
             coeffs.data_ptr(),
             _FLOAT_CODES[coeffs.dtype],
-            coeffs_shape[0],
-            coeffs_shape[1],
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else _FLOAT_CODES[bias.dtype],
+            d_out,
+            sparsity,
+            bias_address,
+            bias_code,
             y.data_ptr(),
             _threads(num_threads),
         )
+    except (ValueError, RuntimeError) as error:
+        with _native_errors("sparse_gemm"):  # here, since entering it costs a tenth of a small call
+            raise error
     return y
 
 
@@ -538,8 +568,10 @@ def _raise_sparse_gemm_error(
 ) -> NoReturn:
     """Say what is wrong; apart from the call, so that a correct call pays for one condition."""
     name = "sparse_gemm"
-    _check_tensor(name, "z", z, (None, None), _FLOATS)
-    n_atoms = z.shape[1]
+    if z.dim() == 0:
+        raise InputError(f"{name}: z: expected shape [..., n_atoms], got a scalar")
+    _check_tensor(name, "z", z, (None,) * z.dim(), _FLOATS)
+    n_atoms = z.shape[-1]
     _check_tensor(name, "coeffs", coeffs, (None, None), _FLOATS)
     d_out, sparsity = coeffs.shape
     _check_tensor(name, "mask", mask, (d_out, _mask_bytes(n_atoms)), (torch.uint8,))
@@ -574,7 +606,9 @@ def pack_mask(indices: torch.Tensor, n_atoms: int) -> torch.Tensor:
     indices = indices.detach().contiguous()
     mask = torch.empty((indices.shape[0], _mask_bytes(n_atoms)), dtype=torch.uint8)
     with _native_errors(name):
-        _C.pack_mask(indices.data_ptr(), *indices.shape, n_atoms, mask.data_ptr())
+        _C.pack_mask(
+            indices.data_ptr(), indices.shape[0], indices.shape[1], n_atoms, mask.data_ptr()
+        )
     return mask
 
 

@@ -59,12 +59,7 @@ def sparse_gemm(
 def _cpu(
     z: torch.Tensor, mask: torch.Tensor, coeffs: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if z.dim() in (0, 2):  # a scalar is turned down there
-        return native.sparse_gemm(z, mask, coeffs, bias)
-    n_atoms = z.shape[-1]
-    rows = z.numel() // n_atoms if n_atoms > 0 else z.shape[:-1].numel()
-    y = native.sparse_gemm(z.reshape(rows, n_atoms), mask, coeffs, bias)
-    return y.view(*z.shape[:-1], coeffs.shape[0])
+    return native.sparse_gemm(z, mask, coeffs, bias)
 
 
 def _cuda(
@@ -94,6 +89,10 @@ def _fake(
     torch._check(
         n_bytes == (z.shape[-1] + 7) // 8,
         lambda: f"sparse_gemm: mask: {n_bytes} bytes per row do not match {z.shape[-1]} atoms",
+    )
+    torch._check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == d_out),
+        lambda: f"sparse_gemm: bias: expected [{d_out}]",
     )
     return z.new_empty((*z.shape[:-1], d_out))
 

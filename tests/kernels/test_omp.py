@@ -243,8 +243,8 @@ def test_duplicated_atoms_are_chosen_once(selection, dtype):
     assert padded.n_padded == 8 * 3
     assert ((padded.coeffs == 0).sum(1) == 3).all()
     unused = [sorted(set(range(60)) - set(row)) for row in result.indices.tolist()]
-    added = [sorted(set(row) & set(free)) for row, free in zip(padded.indices.tolist(), unused)]
-    assert added == [free[:3] for free in unused]
+    for row, free in zip(padded.indices.tolist(), unused, strict=True):
+        assert sorted(set(row) & set(free)) == free[:3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -321,7 +321,10 @@ def nan_at(tensor, *position):
         ({"gram": torch.eye(4).half()}, "gram: expected float32 or float64, got float16"),
         ({"gram": torch.eye(4).to_sparse()}, "gram: expected a strided CPU tensor"),
         ({"correlations": torch.ones(2, 5)}, r"correlations: expected shape \[\*, 4\]"),
-        ({"correlations": torch.ones(2, 4).double()}, "correlations: expected float32, got float64"),
+        (
+            {"correlations": torch.ones(2, 4).double()},
+            "correlations: expected float32, got float64",
+        ),
         ({"sparsity": 0}, "sparsity: expected 1 to n_atoms = 4, got 0"),
         ({"sparsity": 5}, "sparsity: expected 1 to n_atoms = 4, got 5"),
         ({"selection": "mp"}, "selection: expected 'omp' or 'ormp', got 'mp'"),

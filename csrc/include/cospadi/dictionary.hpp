@@ -14,11 +14,12 @@ enum class UnusedAtoms {
 };
 
 struct AtomUpdateOptions {
-  /// Alternations d <- E^T x, x <- E d per atom and sweep, from the current coefficients; at least 1.
+  /// Alternations d <- E^T x, x <- E d per atom and sweep, from the current coefficients; at
+  /// least 1.
   int power_iterations = 1;
-  /// Atoms updated together against one residual. 1: strictly sequential K-SVD. More: block Jacobi by
-  /// dense products; equal quality up to about 128 at k = 2 s. A block that would raise the objective
-  /// is undone and halved, so the objective never increases beyond rounding.
+  /// Atoms updated together against one residual. 1: strictly sequential K-SVD. More: block Jacobi
+  /// by dense products; equal quality up to about 128 at k = 2 s. A block that would raise the
+  /// objective is undone and halved, so the objective never increases beyond rounding.
   int64_t block_size = 64;
   int sweeps = 1;  ///< passes over all atoms; the residual is recomputed at the start of each
   UnusedAtoms unused = UnusedAtoms::kSkip;
@@ -30,16 +31,16 @@ struct AtomUpdateStats {
   double objective_after = 0.0;   ///< the same from the residual as the last sweep left it
   int64_t n_unused = 0;           ///< atoms without any signal
   int64_t n_reseeded = 0;
-  int64_t n_halved = 0;           ///< blocks undone and halved because they raised the objective
-  int64_t workspace_bytes = 0;    ///< held during the call
+  int64_t n_halved = 0;         ///< blocks undone and halved because they raised the objective
+  int64_t workspace_bytes = 0;  ///< held during the call
 };
 
 /// Updates atoms and coefficients in place; supports stay.
 ///
 /// Per atom d with coefficients x on the signals Omega that use it and E = R_Omega + x d^T (R the
-/// residual): d <- E^T x / |E^T x|, x <- E d, `power_iterations` times. An update of norm zero leaves
-/// atom and coefficients alone. Time `(2 p + 1) 2 n_signals sparsity dim` flops per sequential sweep
-/// and `(4 p + 4) n_signals n_atoms dim` per blocked one. T is float or double.
+/// residual): d <- E^T x / |E^T x|, x <- E d, `power_iterations` times. An update of norm zero
+/// leaves atom and coefficients alone. Time `(2 p + 1) 2 n_signals sparsity dim` flops per
+/// sequential sweep and `(4 p + 4) n_signals n_atoms dim` per blocked one. T is float or double.
 ///
 /// @param signals [n_signals x dim] rows y_n, finite. Borrowed for the call.
 /// @param indices [n_signals x sparsity] support, strictly ascending per row, below n_atoms

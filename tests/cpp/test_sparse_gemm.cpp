@@ -1,0 +1,276 @@
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cospadi/mask.hpp"
+#include "cospadi/sparse_gemm.hpp"
+#include "cospadi/status.hpp"
+
+namespace cospadi {
+namespace {
+
+/// Memory that ends at a page without access: one read beyond the end stops the program.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    mapped_ = (bytes + page - 1) / page * page + page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_ + mapped_ - page, page, PROT_NONE);
+    data_ = base_ + mapped_ - page - bytes;
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, mapped_); }
+
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_;
+  size_t mapped_ = 0;
+  char* base_ = nullptr;
+  char* data_ = nullptr;
+};
+
+/// Small integers are exact in every storage type: bits of `value` as `dtype`.
+void write_value(DType dtype, int value, void* out) {
+  const float x = static_cast<float>(value);
+  uint32_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(bits));
+  uint16_t half = static_cast<uint16_t>(bits >> 16);  // bfloat16
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, &x, sizeof(x));
+    return;
+  }
+  if (dtype == DType::kFloat16) {
+    // exponent rebiased from 127 to 15
+    half = x == 0.0F ? uint16_t{0}
+                     : static_cast<uint16_t>(((bits >> 16) & 0x8000U) |
+                                             (((bits & 0x7fffffffU) - (112U << 23)) >> 13));
+  }
+  std::memcpy(out, &half, sizeof(half));
+}
+
+struct Problem {
+  int64_t rows;
+  int64_t n_atoms;
+  int64_t d_out;
+  int64_t sparsity;
+  DType z_dtype;
+  DType coeffs_dtype;
+
+  Guarded z;
+  Guarded mask;
+  Guarded coeffs;
+  std::vector<int> z_values;
+  std::vector<int> dense;  // [n_atoms x d_out]
+
+  Problem(int64_t rows_, int64_t n_atoms_, int64_t d_out_, int64_t sparsity_, DType zt, DType ct)
+      : rows(rows_),
+        n_atoms(n_atoms_),
+        d_out(d_out_),
+        sparsity(sparsity_),
+        z_dtype(zt),
+        coeffs_dtype(ct),
+        z(static_cast<size_t>(rows_ * n_atoms_ * dtype_bytes(zt))),
+        mask(static_cast<size_t>(d_out_ * mask_row_bytes(n_atoms_))),
+        coeffs(static_cast<size_t>(d_out_ * sparsity_ * dtype_bytes(ct))),
+        z_values(static_cast<size_t>(rows_ * n_atoms_)),
+        dense(static_cast<size_t>(n_atoms_ * d_out_)) {
+    std::mt19937 generator(static_cast<unsigned>(rows * 1000003 + n_atoms * 1009 + sparsity));
+    std::uniform_int_distribution<int> value(-3, 3);
+    for (int64_t i = 0; i < rows * n_atoms; ++i) {
+      z_values[static_cast<size_t>(i)] = value(generator);
+      write_value(z_dtype, z_values[static_cast<size_t>(i)], z.as<char>() + i * dtype_bytes(zt));
+    }
+    std::vector<int32_t> indices(static_cast<size_t>(d_out * sparsity));
+    std::vector<int32_t> atoms(static_cast<size_t>(n_atoms));
+    std::iota(atoms.begin(), atoms.end(), 0);
+    for (int64_t j = 0; j < d_out; ++j) {
+      std::shuffle(atoms.begin(), atoms.end(), generator);
+      std::sort(atoms.begin(), atoms.begin() + sparsity);
+      for (int64_t t = 0; t < sparsity; ++t) {
+        const int64_t at = j * sparsity + t;
+        const int32_t atom = atoms[static_cast<size_t>(t)];
+        const int coefficient = value(generator);
+        indices[static_cast<size_t>(at)] = atom;
+        dense[static_cast<size_t>(atom * d_out + j)] = coefficient;
+        write_value(ct, coefficient, coeffs.as<char>() + at * dtype_bytes(ct));
+      }
+    }
+    pack_mask({indices.data(), d_out, sparsity}, n_atoms, mask_view());
+  }
+
+  MatrixView<uint8_t> mask_view() const {
+    return {mask.as<uint8_t>(), d_out, mask_row_bytes(n_atoms)};
+  }
+  SparseMatrix sparse() const {
+    return {n_atoms, mask_view(), {coeffs.as<void>(), coeffs_dtype, d_out, sparsity, sparsity}};
+  }
+  ConstTypedMatrix z_matrix() const { return {z.as<void>(), z_dtype, rows, n_atoms, n_atoms}; }
+  int expected(int64_t row, int64_t col) const {
+    int sum = 0;
+    for (int64_t a = 0; a < n_atoms; ++a) {
+      sum += z_values[static_cast<size_t>(row * n_atoms + a)] *
+             dense[static_cast<size_t>(a * d_out + col)];
+    }
+    return sum;
+  }
+};
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+TEST(SparseGemm, ExactOnIntegersAtTheEdgeOfMemory) {
+  for (const int64_t rows : {1, 2, 5, 8, 33, 70}) {
+    for (const int64_t n_atoms : {1, 7, 32, 33, 100, 488}) {
+      for (const int64_t sparsity : {int64_t{1}, (n_atoms + 1) / 2, n_atoms}) {
+        for (const DType z_dtype : kDTypes) {
+          for (const DType coeffs_dtype : kDTypes) {
+            const Problem problem(rows, n_atoms, 37, sparsity, z_dtype, coeffs_dtype);
+            std::vector<float> y(static_cast<size_t>(rows * 37), -1.0F);
+            sparse_gemm(problem.z_matrix(),
+                        problem.sparse(),
+                        {},
+                        {y.data(), DType::kFloat32, rows, 37, 37},
+                        1);
+            for (int64_t r = 0; r < rows; ++r) {
+              for (int64_t j = 0; j < 37; ++j) {
+                ASSERT_EQ(y[static_cast<size_t>(r * 37 + j)],
+                          static_cast<float>(problem.expected(r, j)))
+                    << rows << " rows, " << n_atoms << " atoms, s = " << sparsity << ", at " << r
+                    << ", " << j;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(SparseGemm, NeverReadsOutsideWhenTheMaskLies) {
+  for (const int64_t rows : {1, 3, 40}) {
+    for (const int64_t n_atoms : {9, 64, 200}) {
+      for (const DType dtype : kDTypes) {
+        const Problem problem(rows, n_atoms, 33, 2, dtype, dtype);
+        std::memset(problem.mask.as<char>(), 0xff, problem.mask.bytes());
+        std::vector<float> y(static_cast<size_t>(rows * 33));
+        sparse_gemm(
+            problem.z_matrix(), problem.sparse(), {}, {y.data(), DType::kFloat32, rows, 33, 33}, 2);
+      }
+    }
+  }
+}
+
+TEST(SparseGemm, StridesAndBias) {
+  for (const int64_t rows : {1, 6, 50}) {
+    const Problem problem(rows, 65, 150, 30, DType::kFloat32, DType::kBFloat16);
+    const int64_t z_stride = 71;
+    std::vector<float> z(static_cast<size_t>(rows * z_stride), 1e30F);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(problem.z.as<float>() + r * 65, 65, z.data() + r * z_stride);
+    }
+    std::vector<float> bias(150);
+    std::iota(bias.begin(), bias.end(), 0.0F);
+    std::vector<float> y(static_cast<size_t>(rows * 160), -7.0F);
+    sparse_gemm({z.data(), DType::kFloat32, rows, 65, z_stride},
+                problem.sparse(),
+                {bias.data(), DType::kFloat32, 150},
+                {y.data(), DType::kFloat32, rows, 150, 160},
+                1);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < 160; ++j) {
+        const float expected =
+            j < 150 ? static_cast<float>(problem.expected(r, j)) + bias[static_cast<size_t>(j)]
+                    : -7.0F;
+        ASSERT_EQ(y[static_cast<size_t>(r * 160 + j)], expected);
+      }
+    }
+  }
+}
+
+TEST(SparseGemm, SameBitsForAnyThreadCount) {
+  constexpr int64_t kOut = 8000;  // enough work for several threads at one row
+  for (const int64_t rows : {1, 6, 50}) {
+    const Problem problem(rows, 300, kOut, 150, DType::kBFloat16, DType::kBFloat16);
+    std::vector<float> first;
+    for (const int threads : {1, 2, 5}) {
+      std::vector<float> y(static_cast<size_t>(rows * kOut), -7.0F);
+      sparse_gemm(problem.z_matrix(),
+                  problem.sparse(),
+                  {},
+                  {y.data(), DType::kFloat32, rows, kOut, kOut},
+                  threads);
+      if (threads == 1) first = y;
+      ASSERT_EQ(y, first) << rows << " rows, " << threads << " threads";
+    }
+  }
+}
+
+TEST(SparseGemm, EmptyOperands) {
+  const Problem problem(2, 10, 3, 4, DType::kFloat32, DType::kFloat32);
+  std::vector<float> y(6, 5.0F);
+  SparseMatrix s = problem.sparse();
+  sparse_gemm({nullptr, DType::kFloat32, 0, 10, 10}, s, {}, {nullptr, DType::kFloat32, 0, 3, 3}, 1);
+  // no coefficients and no atoms: only the bias is left
+  const std::vector<float> bias = {1.0F, 2.0F, 3.0F};
+  s.n_atoms = 0;
+  s.mask = {nullptr, 3, 0};
+  s.coeffs = {nullptr, DType::kFloat32, 3, 0, 0};
+  sparse_gemm({nullptr, DType::kFloat32, 2, 0, 0},
+              s,
+              {bias.data(), DType::kFloat32, 3},
+              {y.data(), DType::kFloat32, 2, 3, 3},
+              1);
+  EXPECT_EQ(y, (std::vector<float>{1, 2, 3, 1, 2, 3}));
+}
+
+TEST(SparseGemm, RejectsWrongArguments) {
+  const Problem problem(2, 10, 3, 4, DType::kFloat32, DType::kFloat32);
+  std::vector<float> y(6);
+  const TypedMatrix good_y{y.data(), DType::kFloat32, 2, 3, 3};
+  const SparseMatrix good = problem.sparse();
+  const auto call = [&](ConstTypedMatrix z, const SparseMatrix& s, TypedMatrix out) {
+    sparse_gemm(z, s, {}, out, 1);
+  };
+  ConstTypedMatrix z = problem.z_matrix();
+  z.cols = 9;
+  EXPECT_THROW(call(z, good, good_y), Error);
+  z = problem.z_matrix();
+  z.stride = 5;
+  EXPECT_THROW(call(z, good, good_y), Error);
+  z = problem.z_matrix();
+  z.data = nullptr;
+  EXPECT_THROW(call(z, good, good_y), Error);
+  z = problem.z_matrix();
+  z.rows = -1;
+  EXPECT_THROW(call(z, good, good_y), Error);
+  z = problem.z_matrix();
+  SparseMatrix s = good;
+  s.mask.cols = 3;
+  EXPECT_THROW(call(z, s, good_y), Error);
+  s = good;
+  s.coeffs.cols = 11;
+  s.coeffs.stride = 11;
+  EXPECT_THROW(call(z, s, good_y), Error);
+  s = good;
+  s.coeffs.stride = int64_t{1} << 62;
+  EXPECT_THROW(call(z, s, good_y), Error);
+  EXPECT_THROW(call(z, good, {y.data(), DType::kFloat32, 2, 4, 4}), Error);
+  const float bias[2] = {0, 0};
+  EXPECT_THROW(sparse_gemm(z, good, {bias, DType::kFloat32, 2}, good_y, 1), Error);
+}
+
+}  // namespace
+}  // namespace cospadi
