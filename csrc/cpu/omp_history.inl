@@ -25,8 +25,8 @@ inline constexpr int kPanelVectors = 2;
 inline constexpr int kTileRows = 4;
 #endif
 
-/// Candidate rows per pass: 8 to 12 are fastest at 488 and 2016 atoms with AVX2 and AVX-512; more rows
-/// wait longer and are finished by the slower sweep.
+/// Candidate rows per pass: 8 to 12 are fastest at 488 and 2016 atoms with AVX2 and AVX-512; more
+/// rows wait longer and are finished by the slower sweep.
 inline constexpr int64_t kDefaultBlockSize = 8;
 
 /// Candidate rows that may wait at the same time, as a multiple of the block size: candidates that
@@ -97,7 +97,6 @@ struct OmpState {
   T* pivots;       // [sparsity] sqrt(n_{j_t})
   int32_t* slot_atom;        // [slots]
   int32_t* row_of_slot;      // [slots] candidate row or -1
-  int32_t* order;            // [sparsity] atoms as chosen
   int32_t* rank_of_atom;     // [n_atoms] step at which an atom was chosen or -1
   uint32_t* live_masks;      // [vectors of atoms] atoms that still have a slot, one bit per lane
   uint32_t* squeeze_masks;   // [vectors of slots] slots that stay
@@ -133,7 +132,6 @@ struct OmpState {
     pivots = cursor.take<T>(s);
     slot_atom = cursor.take<int32_t>(slots);
     row_of_slot = cursor.take<int32_t>(slots);
-    order = cursor.take<int32_t>(s);
     rank_of_atom = cursor.take<int32_t>(p.n_atoms);
     live_masks = cursor.take<uint32_t>(slots / kWidth<T> + 1);
     squeeze_masks = cursor.take<uint32_t>(slots / kWidth<T> + 1);

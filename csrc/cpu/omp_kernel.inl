@@ -285,7 +285,10 @@ int correlation_exponent(const T* correlations, int64_t n) {
   }
   int exponent = 0;
   std::frexp(largest, &exponent);
-  return exponent;
+  // The inverse must be finite; subnormal correlations stay small then, but their squares do not
+  // vanish.
+  constexpr int kSmallest = std::numeric_limits<T>::min_exponent + 3;
+  return exponent > kSmallest ? exponent : kSmallest;
 }
 
 /// Coefficients of the chosen atoms by back-substitution, written in ascending order of atoms;
@@ -356,7 +359,6 @@ void encode_signal(const OmpProblem<T>& problem, OmpSignal<T>& signal, std::byte
     const int32_t atom = state.slot_atom[slot];
     state.pivots[step] = pivot;
     state.explained[step] = explained;
-    state.order[step] = atom;
     state.rank_of_atom[atom] = static_cast<int32_t>(step);
     explained_energy += static_cast<double>(explained) * static_cast<double>(explained);
     if (is_last) continue;

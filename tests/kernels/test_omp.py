@@ -287,6 +287,15 @@ def test_huge_and_tiny_signals(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_signals(dtype):
+    correlations = torch.zeros(2, 30, dtype=dtype)
+    correlations[:, [3, 7]] = torch.finfo(dtype).smallest_normal * 2**-10
+    result = omp_encode(torch.eye(30, dtype=dtype), correlations, 2)
+    assert torch.equal(result.indices, torch.tensor([[3, 7]] * 2, dtype=torch.int32))
+    assert torch.equal(result.coeffs, correlations[:, [3, 7]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_non_contiguous_inputs(dtype):
     atoms, signals = make_problem(20, 30, 6, dtype=dtype)
     gram, correlations = atoms @ atoms.T, signals @ atoms.T

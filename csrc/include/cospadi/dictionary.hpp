@@ -49,8 +49,10 @@ struct AtomUpdateStats {
 ///
 /// Workspace: n_signals * dim elements, 8 bytes per coefficient, and in the blocked variant
 /// 3 n_signals * block_size elements. The result is the same for every thread count. Views must not
-/// overlap. Throws Error(kInvalidArgument) before anything is changed, Error(kOutOfMemory) if a
-/// workspace cannot be allocated.
+/// overlap. Throws Error(kInvalidArgument) before anything is changed. Throws Error(kOutOfMemory)
+/// if a workspace cannot be allocated: nothing is changed either, except in the blocked variant if
+/// the small buffers of a product fail later, which leaves some blocks updated and all of them
+/// consistent.
 template <class T>
 AtomUpdateStats update_atoms(MatrixView<const T> signals,
                              MatrixView<const int32_t> indices,

@@ -57,7 +57,7 @@ def generate_text(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             new_ids, steps, seconds = _decode(model, ids, max_new_tokens, ends)
     finally:
         model.train(was_training)

@@ -1,0 +1,24 @@
+"""Native kernels on torch tensors: the only package that imports the extension ``_C``.
+
+Functions here check dtype, device and layout, pass addresses, and turn the extension's errors into cospadi's. Shapes
+follow the learner's convention: signals and atoms are rows. Every function has a slow twin in `cospadi.reference`.
+"""
+
+from cospadi.native.atoms import AtomUpdateStats, update_atoms
+from cospadi.native.gemm import gemm
+from cospadi.native.omp import OmpResult, omp_encode
+from cospadi.native.runtime import runtime_info
+from cospadi.native.sparse import pack_mask, sparse_gemm, unpack_mask, validate_mask
+
+__all__ = [
+    "AtomUpdateStats",
+    "OmpResult",
+    "gemm",
+    "omp_encode",
+    "pack_mask",
+    "runtime_info",
+    "sparse_gemm",
+    "unpack_mask",
+    "update_atoms",
+    "validate_mask",
+]
