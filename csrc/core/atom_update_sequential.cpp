@@ -12,8 +12,9 @@ namespace {
 // not change the rounding.
 constexpr int64_t kPartitions = 16;
 
-// Below this many residual elements a parallel region costs more than it saves.
-constexpr int64_t kParallelElements = int64_t{1} << 18;
+// Below this many residual elements (about 100 us) a parallel region per step gains little on a
+// quiet machine, and costs a scheduling slice on a busy one.
+constexpr int64_t kParallelElements = int64_t{1} << 20;
 
 template <class T>
 T dot(const T* a, const T* b, int64_t n) {

@@ -124,8 +124,13 @@ TYPED_TEST(DictionaryTest, BlockOfOneAtomIsTheSequentialUpdate) {
 
 TYPED_TEST(DictionaryTest, ThreadsDoNotChangeABit) {
   for (const int64_t block_size : {1, 16}) {
-    Problem<TypeParam> one(400, 260, 48, 20);
-    Problem<TypeParam> two(400, 260, 48, 20);
+    // The sequential update uses threads only for many rows per atom.
+    const int64_t n = block_size == 1 ? 4400 : 400;
+    const int64_t dim = block_size == 1 ? 512 : 260;
+    const int64_t k = block_size == 1 ? 4 : 48;
+    const int64_t s = block_size == 1 ? 2 : 20;
+    Problem<TypeParam> one(n, dim, k, s);
+    Problem<TypeParam> two(n, dim, k, s);
     AtomUpdateOptions options;
     options.block_size = block_size;
     options.num_threads = 1;
