@@ -12,7 +12,8 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of cospadi; use them through cospadi.native.";
 
-  // Python-side types: ValueError for the caller's arguments, MemoryError, RuntimeError for the rest.
+  // Python-side types: ValueError for the caller's arguments, MemoryError, RuntimeError for the
+  // rest.
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

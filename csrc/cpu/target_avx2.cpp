@@ -1,4 +1,7 @@
-// Kernels compiled for avx2. Everything is inside one namespace: no code is shared with other targets.
+// Kernels compiled for avx2. Everything is inside one namespace: no code is shared with other
+// targets.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -7,13 +10,13 @@
 #include <type_traits>
 
 #include "cpu/kernel_table.hpp"
-#include <immintrin.h>
 
 #define COSPADI_VECTOR_BYTES 32
 #define COSPADI_TARGET_AVX2 1
 
 namespace cospadi::cpu::avx2 {
 namespace {
+// clang-format off: later files use earlier ones
 #include "cpu/vec.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/gemm_kernel.inl"
@@ -26,6 +29,7 @@ namespace {
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"
 #include "cpu/dictionary_kernel.inl"
+// clang-format on
 }  // namespace
 }  // namespace cospadi::cpu::avx2
 

@@ -1,4 +1,5 @@
-// Kernels compiled for generic. Everything is inside one namespace: no code is shared with other targets.
+// Kernels compiled for generic. Everything is inside one namespace: no code is shared with other
+// targets.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,12 +9,12 @@
 
 #include "cpu/kernel_table.hpp"
 
-
 #define COSPADI_VECTOR_BYTES 16
 #define COSPADI_TARGET_GENERIC 1
 
 namespace cospadi::cpu::generic {
 namespace {
+// clang-format off: later files use earlier ones
 #include "cpu/vec.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/gemm_kernel.inl"
@@ -26,6 +27,7 @@ namespace {
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"
 #include "cpu/dictionary_kernel.inl"
+// clang-format on
 }  // namespace
 }  // namespace cospadi::cpu::generic
 

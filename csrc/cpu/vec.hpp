@@ -1,7 +1,8 @@
 // SIMD vectors by the compiler's vector extension: one source for every instruction set.
 //
-// Included inside the per-ISA namespace of a target_*.cpp, which sets COSPADI_VECTOR_BYTES. No include
-// guard and no system headers on purpose: each target gets its own copy in its own namespace.
+// Included inside the per-ISA namespace of a target_*.cpp, which sets COSPADI_VECTOR_BYTES. No
+// include guard and no system headers on purpose: each target gets its own copy in its own
+// namespace.
 
 template <class T>
 struct VecOf {

@@ -1,4 +1,5 @@
-// Device queries through the statically linked CUDA runtime: they answer 0 devices where no driver is.
+// Device queries through the statically linked CUDA runtime: they answer 0 devices where no driver
+// is.
 #include <cuda_runtime.h>
 
 #include "cuda/device.hpp"
