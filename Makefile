@@ -47,13 +47,16 @@ cpp-test:
 	  cmake --build build/cpp-test >/dev/null && ctest --test-dir build/cpp-test --output-on-failure; \
 	else echo "C++ tests skipped: GoogleTest is not installed (libgtest-dev)"; fi
 
-lint: $(VENV)/.dev
+# Lint and format read sources only: the tools must be there, the wheel need not be up to date.
+TOOLS := $(if $(wildcard $(BIN)/ruff),,$(VENV)/.dev)
+
+lint: $(TOOLS)
 	$(BIN)/ruff check python tests bench
 	$(BIN)/ruff format --check python tests bench
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
 
-format: $(VENV)/.dev
+format: $(TOOLS)
 	$(BIN)/ruff check --fix python tests bench
 	$(BIN)/ruff format python tests bench
 	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
