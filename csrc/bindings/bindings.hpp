@@ -22,6 +22,7 @@ T* address(uintptr_t value) {
 void bind_dictionary(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_omp(py::module_& m);
+void bind_packed(py::module_& m);
 void bind_sparse_gemm(py::module_& m);
 
 }  // namespace cospadi::bindings

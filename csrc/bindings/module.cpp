@@ -42,5 +42,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cospadi::bindings::bind_dictionary(m);
   cospadi::bindings::bind_gemm(m);
   cospadi::bindings::bind_omp(m);
+  cospadi::bindings::bind_packed(m);
   cospadi::bindings::bind_sparse_gemm(m);
 }

@@ -40,7 +40,9 @@ struct AtomUpdate {
   MatrixView<T> residual;
   const SupportIndex* support;
   const cpu::DictionaryEntry<T>* kernels;
-  int power_iterations;
+  int max_iterations;
+  /// An alternation that moves a unit atom by less is the last one; 0: all of them are done.
+  double tolerance;
   int n_threads;
 
   void gather_coeffs(int64_t atom, T* out) const {
@@ -63,6 +65,10 @@ double residual_energies(const AtomUpdate<T>& update, double* energies);
 template <class T>
 bool normalise(T* vector, int64_t n);
 
+/// Distance |a - b|.
+template <class T>
+double distance(const T* a, const T* b, int64_t n);
+
 /// Workspaces and one sweep of each variant.
 template <class T>
 class SequentialSweep {
@@ -76,6 +82,7 @@ class SequentialSweep {
 
   AlignedBuffer<T> partial_;     // [kPartitions x dim] sums of the partitions
   AlignedBuffer<T> direction_;   // [dim] new atom
+  AlignedBuffer<T> previous_;    // [dim] that of the alternation before
   AlignedBuffer<T> old_coeffs_;  // [largest count]
   AlignedBuffer<T> new_coeffs_;  // [largest count]
   int64_t bytes_;
@@ -92,6 +99,7 @@ class BlockedSweep {
  private:
   void load_block(const AtomUpdate<T>& update, int64_t first, int64_t size) const;
   void improve_block(const AtomUpdate<T>& update, int64_t first, int64_t size) const;
+  bool is_last(const AtomUpdate<T>& update, int64_t size, int iteration) const;
   void store_block(const AtomUpdate<T>& update, int64_t first, int64_t size) const;
 
   MatrixView<T> codes(int64_t n, int64_t size) const { return {codes_.data(), n, 2 * size}; }
@@ -114,7 +122,9 @@ class BlockedSweep {
   int64_t block_size_;
   AlignedBuffer<T> codes_;             // [n_signals x 2 block] old coefficients, minus the new ones
   AlignedBuffer<T> directions_;        // [2 block x dim] old atoms, new atoms
+  AlignedBuffer<T> previous_;          // [block x dim] new atoms of the alternation before
   AlignedBuffer<T> projections_;       // [n_signals x block]
+  AlignedBuffer<double> changes_;      // [block] distance between the last two of them
   AlignedBuffer<uint8_t> is_updated_;  // [block]
   AlignedBuffer<double> energies_;     // [n_signals]
   int64_t bytes_;

@@ -36,11 +36,13 @@ BlockedSweep<T>::BlockedSweep(int64_t n_signals, int64_t dim, int64_t block_size
     : block_size_(block_size),
       codes_(n_signals * 2 * block_size),
       directions_(2 * block_size * dim),
+      previous_(block_size * dim),
       projections_(n_signals * block_size),
+      changes_(block_size),
       is_updated_(block_size),
       energies_(n_signals),
-      bytes_((3 * n_signals + 2 * dim) * block_size * static_cast<int64_t>(sizeof(T)) + block_size +
-             n_signals * static_cast<int64_t>(sizeof(double))) {}
+      bytes_((3 * n_signals + 3 * dim) * block_size * static_cast<int64_t>(sizeof(T)) + block_size +
+             (n_signals + block_size) * static_cast<int64_t>(sizeof(double))) {}
 
 template <class T>
 int64_t BlockedSweep<T>::run(const AtomUpdate<T>& update, double energy) const {
@@ -93,6 +95,16 @@ void BlockedSweep<T>::load_block(const AtomUpdate<T>& update, int64_t first, int
   });
 }
 
+/// Whether the alternation whose atoms have just been computed is the last one: atoms of a block go
+/// on together until all of them have converged.
+template <class T>
+bool BlockedSweep<T>::is_last(const AtomUpdate<T>& update, int64_t size, int iteration) const {
+  if (iteration + 1 == update.max_iterations) return true;
+  // The first alternation starts from the coefficients as they were, which need not be E d.
+  if (update.tolerance == 0.0 || iteration == 0) return false;
+  return *std::max_element(changes_.data(), changes_.data() + size) < update.tolerance;
+}
+
 /// The power iterations; leaves minus the new coefficients in `new_codes`.
 template <class T>
 void BlockedSweep<T>::improve_block(const AtomUpdate<T>& update,
@@ -107,7 +119,8 @@ void BlockedSweep<T>::improve_block(const AtomUpdate<T>& update,
   const MatrixView<T> new_d = new_atoms(size, dim);
   const MatrixView<T> projections(projections_.data(), n, size);
   uint8_t* is_updated = is_updated_.data();
-  for (int iteration = 0; iteration < update.power_iterations; ++iteration) {
+  bool is_done = false;
+  for (int iteration = 0; !is_done; ++iteration) {
     // E_j^T x_j = R^T x_j + <x_old, x_j> d_old for every atom of the block.
     gemm(T(1), StridedView<const T>(new_x).transposed(), update.residual, T(0), new_d, n_threads);
     parallel_for(size, n_threads, [&](int64_t j, int) {
@@ -120,14 +133,18 @@ void BlockedSweep<T>::improve_block(const AtomUpdate<T>& update,
       for (int64_t c = 0; c < dim; ++c) direction[c] += static_cast<T>(weight) * old_d(j, c);
       is_updated[j] = normalise(direction, dim) ? 1 : 0;
       if (is_updated[j] == 0) std::copy_n(old_d.row(j), dim, direction);
+      T* previous = previous_.data() + j * dim;
+      if (iteration > 0) changes_.data()[j] = distance(direction, previous, dim);
+      std::copy_n(direction, dim, previous);
     });
+    is_done = is_last(update, size, iteration);
     gemm(T(1),
          update.residual,
          StridedView<const T>(new_d).transposed(),
          T(0),
          projections,
          n_threads);
-    const T sign = iteration + 1 == update.power_iterations ? T(-1) : T(1);
+    const T sign = is_done ? T(-1) : T(1);
     parallel_for(size, n_threads, [&](int64_t j, int) {
       const T offset = static_cast<T>(dot(old_d.row(j), new_d.row(j), dim));
       const int32_t* rows = update.support->rows(first + j);

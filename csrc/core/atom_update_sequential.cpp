@@ -40,12 +40,23 @@ bool normalise(T* vector, int64_t n) {
 }
 
 template <class T>
+double distance(const T* a, const T* b, int64_t n) {
+  double energy = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double difference = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    energy += difference * difference;
+  }
+  return std::sqrt(energy);
+}
+
+template <class T>
 SequentialSweep<T>::SequentialSweep(int64_t dim, const SupportIndex& support)
     : partial_(kPartitions * dim),
       direction_(dim),
+      previous_(dim),
       old_coeffs_(support.largest_count()),
       new_coeffs_(support.largest_count()),
-      bytes_(((kPartitions + 1) * dim + 2 * support.largest_count()) *
+      bytes_(((kPartitions + 2) * dim + 2 * support.largest_count()) *
              static_cast<int64_t>(sizeof(T))) {}
 
 template <class T>
@@ -63,6 +74,7 @@ void SequentialSweep<T>::update_atom(const AtomUpdate<T>& update, int64_t atom) 
   const int n_threads = count * dim >= kParallelElements ? update.n_threads : 1;
   T* old_atom = update.atoms.row(atom);
   T* direction = direction_.data();
+  T* previous = previous_.data();
   T* old_coeffs = old_coeffs_.data();
   T* new_coeffs = new_coeffs_.data();
   const auto rows_of = [&](int64_t partition) {
@@ -76,7 +88,8 @@ void SequentialSweep<T>::update_atom(const AtomUpdate<T>& update, int64_t atom) 
   update.gather_coeffs(atom, old_coeffs);
   std::copy_n(old_coeffs, count, new_coeffs);
 
-  for (int iteration = 0; iteration < update.power_iterations; ++iteration) {
+  bool is_last = false;
+  for (int iteration = 0; !is_last; ++iteration) {
     // E^T x = R^T x + <x_old, x> d_old, for the residual R that still holds the old pair.
     parallel_for(kPartitions, n_threads, [&](int64_t partition, int) {
       update.kernels->accumulate_rows(rows_of(partition),
@@ -90,7 +103,11 @@ void SequentialSweep<T>::update_atom(const AtomUpdate<T>& update, int64_t atom) 
       for (int64_t j = 0; j < dim; ++j) direction[j] += partial[j];
     }
     if (!normalise(direction, dim)) return;
-    const bool is_last = iteration + 1 == update.power_iterations;
+    // The first alternation starts from the coefficients as they were, which need not be E d.
+    is_last = iteration + 1 == update.max_iterations ||
+              (update.tolerance > 0.0 && iteration > 0 &&
+               distance(direction, previous, dim) < update.tolerance);
+    std::copy_n(direction, dim, previous);
     const T offset = dot(old_atom, direction, dim);
     parallel_for(kPartitions, n_threads, [&](int64_t partition, int) {
       const int64_t first = std::min(partition * part, count);
@@ -108,6 +125,8 @@ void SequentialSweep<T>::update_atom(const AtomUpdate<T>& update, int64_t atom) 
 
 template bool normalise<float>(float*, int64_t);
 template bool normalise<double>(double*, int64_t);
+template double distance<float>(const float*, const float*, int64_t);
+template double distance<double>(const double*, const double*, int64_t);
 template class SequentialSweep<float>;
 template class SequentialSweep<double>;
 

@@ -19,6 +19,10 @@ namespace {
 constexpr int64_t kResidualRows = 64;
 constexpr int64_t kResidualColumns = 128;
 
+// Move of a unit atom in one alternation that counts as convergence: some ten roundings.
+template <class T>
+constexpr double kConvergedChange = sizeof(T) == 4 ? 1e-6 : 1e-12;
+
 }  // namespace
 
 namespace detail {
@@ -165,7 +169,9 @@ void check_arguments(MatrixView<const T> signals,
   const auto require_at_least_one = [](int64_t value, const char* name) {
     require(value >= 1, std::string(name) + ": expected at least 1, got " + std::to_string(value));
   };
-  require_at_least_one(options.power_iterations, "power_iterations");
+  require(options.power_iterations >= 0,
+          "power_iterations: expected at least 1, or 0 for iterating to convergence, got " +
+              std::to_string(options.power_iterations));
   require_at_least_one(options.block_size, "block_size");
   require_at_least_one(options.sweeps, "sweeps");
   require(signals.rows <= INT32_MAX, "signals: more than 2^31 - 1 rows");
@@ -205,7 +211,9 @@ AtomUpdateStats update_atoms(MatrixView<const T> signals,
   update.residual = {residual.data(), signals.rows, signals.cols};
   update.support = &support;
   update.kernels = &entry<T>();
-  update.power_iterations = options.power_iterations;
+  const bool is_exact = options.power_iterations == 0;
+  update.max_iterations = is_exact ? kMaxPowerIterations : options.power_iterations;
+  update.tolerance = is_exact ? kConvergedChange<T> : 0.0;
   update.n_threads = detail::resolve_threads(options.num_threads, signals.rows);
 
   const int64_t block_size = std::min(options.block_size, std::max<int64_t>(n_atoms, 1));

@@ -14,6 +14,8 @@ inline float bits_float(uint32_t bits) {
 
 inline float to_float(float x) { return x; }
 
+inline float to_float(Int8 x) { return static_cast<float>(x.value); }
+
 inline float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 
 inline float to_float(Float16 x) {
@@ -76,25 +78,40 @@ inline void load_floats(DType dtype, int64_t n, const void* source, float* out) 
   }
 }
 
-template <class T>
-void add_and_store(int64_t n, const float* values, const float* bias, void* out) {
-  T* y = static_cast<T*>(out);
-  if (bias == nullptr) {
-    for (int64_t i = 0; i < n; ++i) y[i] = from_float<T>(values[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = from_float<T>(values[i] + bias[i]);
+template <class T, bool kScaled, bool kBiased>
+void finish_values(int64_t n, const float* values, const float* scale, const float* bias, T* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = kScaled ? values[i] * scale[i] : values[i];
+    out[i] = from_float<T>(kBiased ? value + bias[i] : value);
   }
 }
 
-/// out[i] = values[i] + bias[i], i < n, rounded once to `dtype`; `bias` may be null.
-inline void store_floats(
-    DType dtype, int64_t n, const float* values, const float* bias, void* out) noexcept {
+template <class T>
+void scale_add_and_store(
+    int64_t n, const float* values, const float* scale, const float* bias, void* out) {
+  T* y = static_cast<T*>(out);
+  if (scale == nullptr) {
+    if (bias == nullptr) return finish_values<T, false, false>(n, values, scale, bias, y);
+    return finish_values<T, false, true>(n, values, scale, bias, y);
+  }
+  if (bias == nullptr) return finish_values<T, true, false>(n, values, scale, bias, y);
+  return finish_values<T, true, true>(n, values, scale, bias, y);
+}
+
+/// out[i] = values[i] * scale[i] + bias[i], i < n, rounded once to `dtype`; `scale` and `bias` may
+/// be null.
+inline void store_floats(DType dtype,
+                         int64_t n,
+                         const float* values,
+                         const float* scale,
+                         const float* bias,
+                         void* out) noexcept {
   switch (dtype) {
     case DType::kFloat32:
-      return add_and_store<float>(n, values, bias, out);
+      return scale_add_and_store<float>(n, values, scale, bias, out);
     case DType::kBFloat16:
-      return add_and_store<BFloat16>(n, values, bias, out);
+      return scale_add_and_store<BFloat16>(n, values, scale, bias, out);
     case DType::kFloat16:
-      return add_and_store<Float16>(n, values, bias, out);
+      return scale_add_and_store<Float16>(n, values, scale, bias, out);
   }
 }

@@ -1,7 +1,7 @@
 // The column-sparse GEMM's entries of the kernel table (see cpu/sparse_gemm_types.hpp).
 
 inline void prepare(const StoredRows& z, const SparseColumns& s, void* out) noexcept {
-  with_format(z.dtype, s.dtype, [&](auto format) {
+  with_format(z.dtype, s.type, [&](auto format) {
     using Format = decltype(format);
     prepare_rows<Format>(z, s.n_atoms, static_cast<typename Format::Element*>(out));
   });
@@ -14,22 +14,24 @@ inline void multiply_few(const SparseColumns& s,
                          const void* prepared,
                          float* out,
                          int64_t out_stride) noexcept {
-  with_format(z.dtype, s.dtype, [&](auto format) {
+  with_format(z.dtype, s.type, [&](auto format) {
     using Format = decltype(format);
-    multiply_few_rows<Format>(s,
-                              first,
-                              n_columns,
-                              z.rows,
-                              static_cast<const typename Format::Element*>(prepared),
-                              out,
-                              out_stride);
+    with_support(s, [&](auto all_atoms) {
+      multiply_few_rows<Format, all_atoms.value>(
+          s,
+          first,
+          n_columns,
+          z.rows,
+          static_cast<const typename Format::Element*>(prepared),
+          out,
+          out_stride);
+    });
   });
 }
 
-inline int64_t word_elements(DType z_dtype, DType coeffs_dtype) noexcept {
-  return with_format(z_dtype, coeffs_dtype, [](auto format) -> int64_t {
-    return decltype(format)::kWordElements;
-  });
+inline int64_t word_elements(DType z_dtype, CoeffType type) noexcept {
+  return with_format(
+      z_dtype, type, [](auto format) -> int64_t { return decltype(format)::kWordElements; });
 }
 
 inline void pack_rows(const StoredRows& z,
@@ -37,7 +39,7 @@ inline void pack_rows(const StoredRows& z,
                       int64_t word,
                       int64_t n_words,
                       void* panel) noexcept {
-  with_format(z.dtype, s.dtype, [&](auto format) {
+  with_format(z.dtype, s.type, [&](auto format) {
     using Format = decltype(format);
     pack_row_panel<Format>(
         z, s.n_atoms, word, n_words, static_cast<typename Format::Element*>(panel));
@@ -52,14 +54,16 @@ inline void expand_columns(const SparseColumns& s,
                            int64_t n_words,
                            int64_t* offsets,
                            void* panel) noexcept {
-  with_format(z_dtype, s.dtype, [&](auto format) {
-    expand_to_panel<decltype(format)>(
-        s, first, n_columns, word, n_words, offsets, static_cast<float*>(panel));
+  with_format(z_dtype, s.type, [&](auto format) {
+    with_support(s, [&](auto all_atoms) {
+      expand_to_panel<decltype(format), all_atoms.value>(
+          s, first, n_columns, word, n_words, offsets, static_cast<float*>(panel));
+    });
   });
 }
 
 inline void multiply_panels(DType z_dtype,
-                            DType coeffs_dtype,
+                            CoeffType type,
                             int64_t rows,
                             int64_t cols,
                             int64_t n_words,
@@ -68,7 +72,7 @@ inline void multiply_panels(DType z_dtype,
                             float beta,
                             float* c,
                             int64_t c_stride) noexcept {
-  with_format(z_dtype, coeffs_dtype, [&](auto format) {
+  with_format(z_dtype, type, [&](auto format) {
     using Format = decltype(format);
     using Element = typename Format::Element;
     gemm_tile<Element>(rows,
@@ -87,6 +91,7 @@ static_assert(kTileCols<float> <= kMaxPanelCols);
 
 constexpr SparseGemmKernels make_sparse_gemm_kernels() {
   return {.max_few_rows = kFewRows,
+          .max_byte_rows = kByteRows,
           .prepared_size = prepared_size,
           .prepare = prepare,
           .multiply_few = multiply_few,
@@ -97,5 +102,7 @@ constexpr SparseGemmKernels make_sparse_gemm_kernels() {
           .expand_columns = expand_columns,
           .multiply_panels = multiply_panels,
           .load_floats = load_floats,
-          .store_floats = store_floats};
+          .store_floats = store_floats,
+          .decode_columns = decode_columns,
+          .scale_values = scale_values};
 }

@@ -5,7 +5,8 @@
 template <int kRows>
 inline constexpr int kColumnsInFlight = kRows <= 4 ? 4 : 2;
 
-constexpr int64_t kFewRows = 8;  // measured: from here on panels are faster
+constexpr int64_t kFewRows = 8;          // measured: from here on panels are faster
+constexpr int64_t kByteRows = kFewRows;  // the product is in float either way
 
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>
@@ -16,7 +17,8 @@ constexpr int64_t position_of(int64_t i) {
 /// For each byte of a mask: where each of its 8 positions finds its coefficient.
 struct ExpandTables {
   alignas(64) uint8_t words[256][16];  // pshufb control for 16-bit coefficients; 0x80 gives zero
-  alignas(64) uint8_t lanes[256][8];   // vpermps index for floats; 0xff in unused positions
+  alignas(64) uint8_t lanes[256][8];   // vpermps index for floats, pshufb control for bytes; 0xff
+                                       // in unused positions
 };
 
 constexpr ExpandTables make_expand_tables() {
@@ -55,6 +57,13 @@ inline __m256 expand_byte(uint32_t byte, const float* p) {
       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTables.lanes[byte])));
   const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index);
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), values);
+}
+
+inline __m256 expand_byte(uint32_t byte, const Int8* p) {
+  const __m128i control =
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTables.lanes[byte]));
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(bytes, control)));
 }
 
 template <class C>

@@ -5,6 +5,8 @@ template <int kRows>
 inline constexpr int kColumnsInFlight = kRows <= 4 ? 4 : 2;
 
 constexpr int64_t kFewRows = 32;  // measured: from here on panels are faster
+constexpr int64_t kByteRows =
+    2;  // measured: with more, pairs of bfloat16 save more than a scratch costs
 
 /// Position, within its mask word, of element i of the expanded word. The two halves of a dword
 /// hold neighbouring bfloat16: as floats they are one shift or one mask away, evens first.
@@ -17,11 +19,13 @@ constexpr int64_t position_of(int64_t i) {
   }
 }
 
-// The two expansions are written out because of the register they write to: with a zeroing mask Zen
+// The expansions are written out because of the register they write to: with a zeroing mask Zen
 // 4 still waits for its old value, and compilers use few registers here (6.5 instead of 4.1 cycles
-// per word measured). A register that the zero idiom has just cleared waits for nothing.
+// per word measured). A register that the zero idiom has just cleared waits for nothing. A constant
+// of ones (full support) is a plain load.
 
 inline __m512i expand_words(uint32_t bits, const void* p) {
+  if (__builtin_constant_p(bits) && bits == ~uint32_t{0}) return _mm512_loadu_si512(p);
   __m512i words = _mm512_setzero_si512();
   asm("vpexpandw %1, %0%{%2%}"
       : "+v"(words)
@@ -30,11 +34,24 @@ inline __m512i expand_words(uint32_t bits, const void* p) {
 }
 
 inline Vec<float> expand_floats(uint32_t bits, const float* p) {
+  if (__builtin_constant_p(bits) && bits == 0xffffU) return load(p);
   __m512 floats = _mm512_setzero_ps();
   asm("vexpandps %1, %0%{%2%}"
       : "+v"(floats)
       : "v"(_mm512_loadu_ps(p)), "Yk"(static_cast<__mmask16>(bits)));
   return reinterpret_cast<Vec<float>>(floats);
+}
+
+inline __m256i expand_bytes(uint32_t bits, const Int8* p) {
+  if (__builtin_constant_p(bits) && bits == ~uint32_t{0}) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  __m256i bytes = _mm256_setzero_si256();
+  asm("vpexpandb %1, %0%{%2%}"
+      : "+v"(bytes)
+      : "v"(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+        "Yk"(static_cast<__mmask32>(bits)));
+  return bytes;
 }
 
 template <class C>
@@ -61,6 +78,18 @@ struct ExpandedFloats<Float16> {
   Vec<float> part(int i) const {
     return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(
         i == 0 ? _mm512_castsi512_si256(words) : _mm512_extracti64x4_epi64(words, 1)));
+  }
+};
+
+template <>
+struct ExpandedFloats<Int8> {
+  __m256i bytes;
+
+  ExpandedFloats(uint32_t bits, const Int8* p) : bytes(expand_bytes(bits, p)) {}
+  Vec<float> part(int i) const {
+    const __m128i half =
+        i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
+    return reinterpret_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(half)));
   }
 };
 

@@ -4,7 +4,8 @@
 template <int kRows>
 inline constexpr int kColumnsInFlight = 1;
 
-constexpr int64_t kFewRows = 8;  // measured: from here on panels are faster
+constexpr int64_t kFewRows = 8;          // measured: from here on panels are faster
+constexpr int64_t kByteRows = kFewRows;  // the product is in float either way
 
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>

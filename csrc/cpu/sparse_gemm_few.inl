@@ -17,7 +17,7 @@ inline int64_t prepared_stride(int64_t n_atoms) {
 
 /// kColumns columns from `column` on, times kRows rows. `kChecked`: the columns lie near the end of
 /// the tensor. `ahead`: columns between this one and the one to prefetch.
-template <class Format, int kRows, int kColumns, bool kChecked>
+template <class Format, int kRows, int kColumns, bool kChecked, bool kAllAtoms>
 inline void multiply_columns(const SparseColumns& s,
                              int64_t column,
                              int64_t ahead,
@@ -29,10 +29,10 @@ inline void multiply_columns(const SparseColumns& s,
   const int64_t z_stride = prepared_stride<Format>(s.n_atoms);
   const int64_t n_full = s.n_atoms / kMaskWord;
   const C* end = static_cast<const C*>(s.coeffs_end);
-  const int64_t coeffs_ahead = ahead * s.coeffs_stride;
+  const int64_t coeffs_ahead = s.is_decoded ? 0 : ahead * s.coeffs_stride;
   const int64_t mask_ahead = ahead * s.mask_stride;
   C local[kChecked ? kMaskWord : 1];
-  const uint8_t* mask = s.mask + column * s.mask_stride;
+  const uint8_t* mask = mask_row(s, column);
   const C* p[kColumns];
   Vec<float> sum[kColumns][kRows];
 #pragma GCC unroll 16
@@ -59,17 +59,17 @@ inline void multiply_columns(const SparseColumns& s,
   for (int64_t word = 0; word < n_full; ++word) {
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
-      const uint8_t* mask_row = mask + c * s.mask_stride;
-      step(c, full_word(mask_row, word), word);
-      if (!kChecked && word % (kCacheLine / 4) == 0) {
-        __builtin_prefetch(mask_row + 4 * word + mask_ahead, 0, 2);
+      const uint8_t* row = mask + c * s.mask_stride;
+      step(c, full_word<kAllAtoms>(row, word), word);
+      if (!kChecked && !kAllAtoms && word % (kCacheLine / 4) == 0) {
+        __builtin_prefetch(row + 4 * word + mask_ahead, 0, 2);
       }
     }
   }
   if (s.n_atoms % kMaskWord != 0) {
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
-      step(c, tail_word(mask + c * s.mask_stride, s.n_atoms), n_full);
+      step(c, tail_word<kAllAtoms>(mask + c * s.mask_stride, s.n_atoms), n_full);
     }
   }
 #pragma GCC unroll 16
@@ -79,7 +79,7 @@ inline void multiply_columns(const SparseColumns& s,
   }
 }
 
-template <class Format, int kRows>
+template <class Format, int kRows, bool kAllAtoms>
 void multiply_rows(const SparseColumns& s,
                    int64_t first,
                    int64_t n_columns,
@@ -95,10 +95,11 @@ void multiply_rows(const SparseColumns& s,
   while (j < n_columns) {
     // columns are stored one after another: if the last of the group is inside, all are
     if (j + kColumns <= n_columns && is_inside<C>(s, first + j + kColumns - 1)) {
-      multiply_columns<Format, kRows, kColumns, false>(s, first + j, ahead, z, out + j, out_stride);
+      multiply_columns<Format, kRows, kColumns, false, kAllAtoms>(
+          s, first + j, ahead, z, out + j, out_stride);
       j += kColumns;
     } else {
-      multiply_columns<Format, kRows, 1, true>(s, first + j, 0, z, out + j, out_stride);
+      multiply_columns<Format, kRows, 1, true, kAllAtoms>(s, first + j, 0, z, out + j, out_stride);
       j += 1;
     }
   }
@@ -136,7 +137,7 @@ void prepare_rows(const StoredRows& z, int64_t n_atoms, typename Format::Element
   }
 }
 
-template <class Format>
+template <class Format, bool kAllAtoms>
 void multiply_few_rows(const SparseColumns& s,
                        int64_t first,
                        int64_t n_columns,
@@ -152,16 +153,16 @@ void multiply_few_rows(const SparseColumns& s,
     r += tile;
     switch (tile) {
       case 1:
-        multiply_rows<Format, 1>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_rows<Format, 1, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       case 2:
-        multiply_rows<Format, 2>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_rows<Format, 2, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       case 4:
-        multiply_rows<Format, 4>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_rows<Format, 4, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       default:
-        multiply_rows<Format, 8>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_rows<Format, 8, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
     }
   }

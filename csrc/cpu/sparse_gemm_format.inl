@@ -78,34 +78,50 @@ struct TileMath<BFloat16Pair> {
 
 /// Calls `body` with the format of a product of these types.
 template <class Body>
-inline auto with_format([[maybe_unused]] DType z_dtype, DType coeffs_dtype, const Body& body) {
+inline auto with_format([[maybe_unused]] DType z_dtype, CoeffType type, const Body& body) {
 #if defined(COSPADI_TARGET_AVX512)
-  if (z_dtype == DType::kBFloat16 && coeffs_dtype == DType::kBFloat16) return body(PairFormat{});
+  if (z_dtype == DType::kBFloat16 && type == CoeffType::kBFloat16) return body(PairFormat{});
 #endif
-  switch (coeffs_dtype) {
-    case DType::kBFloat16:
+  switch (type) {
+    case CoeffType::kBFloat16:
       return body(FloatFormat<BFloat16>{});
-    case DType::kFloat16:
+    case CoeffType::kFloat16:
       return body(FloatFormat<Float16>{});
-    case DType::kFloat32:
+    case CoeffType::kInt8:
+      return body(FloatFormat<Int8>{});
+    case CoeffType::kFloat32:
       break;
   }
   return body(FloatFormat<float>{});
 }
 
-inline uint32_t full_word(const uint8_t* mask_row, int64_t word) {
+/// Calls `body` with a constant: whether every column uses every atom.
+template <class Body>
+inline auto with_support(const SparseColumns& s, const Body& body) {
+  return s.mask == nullptr ? body(std::true_type{}) : body(std::false_type{});
+}
+
+/// Mask row of a column; null where all atoms are used.
+inline const uint8_t* mask_row(const SparseColumns& s, int64_t column) {
+  return s.mask == nullptr ? nullptr : s.mask + column * s.mask_stride;
+}
+
+template <bool kAllAtoms>
+inline uint32_t full_word(const uint8_t* row, int64_t word) {
+  if constexpr (kAllAtoms) return ~uint32_t{0};
   uint32_t bits;
-  std::memcpy(&bits, mask_row + 4 * word, sizeof(bits));
+  std::memcpy(&bits, row + 4 * word, sizeof(bits));
   return bits;
 }
 
 /// The last, partial word: only the row's own bytes are read, bits at and above n_atoms cleared.
-inline uint32_t tail_word(const uint8_t* mask_row, int64_t n_atoms) {
+template <bool kAllAtoms>
+inline uint32_t tail_word(const uint8_t* row, int64_t n_atoms) {
   const int64_t first_byte = n_atoms / kMaskWord * 4;
   const int64_t n_bits = n_atoms % kMaskWord;
-  uint32_t bits = 0;
-  for (int64_t byte = 0; 8 * byte < n_bits; ++byte) {
-    bits |= static_cast<uint32_t>(mask_row[first_byte + byte]) << (8 * byte);
+  uint32_t bits = kAllAtoms ? ~uint32_t{0} : 0;
+  for (int64_t byte = 0; !kAllAtoms && 8 * byte < n_bits; ++byte) {
+    bits |= static_cast<uint32_t>(row[first_byte + byte]) << (8 * byte);
   }
   return bits & ((uint32_t{1} << n_bits) - 1);
 }

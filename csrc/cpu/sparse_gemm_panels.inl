@@ -85,7 +85,7 @@ struct WordBlock<FloatFormat<BFloat16>> {
 
 /// Words word .. word + n_words of kW columns (n_columns of them exist). `kChecked`: the columns
 /// may lie near the end of the tensor, and the last word may be partial.
-template <class Format, bool kChecked>
+template <class Format, bool kChecked, bool kAllAtoms>
 void expand_columns_to(const SparseColumns& s,
                        int64_t column,
                        int64_t n_columns,
@@ -98,7 +98,7 @@ void expand_columns_to(const SparseColumns& s,
   constexpr int kW = kWidth<float>;
   const C* p[kW] = {};
   for (int64_t c = 0; c < n_columns; ++c) p[c] = column_coeffs<C>(s, column + c) + offsets[c];
-  const uint8_t* mask = s.mask + column * s.mask_stride;
+  const uint8_t* mask = mask_row(s, column);
   for (int64_t w = word; w < word + n_words; ++w, panel += stride * Format::kWordElements) {
     uint32_t bits[kW];
     if constexpr (kChecked) {
@@ -111,15 +111,15 @@ void expand_columns_to(const SparseColumns& s,
           std::fill_n(local[c], kMaskWord, C{});
           continue;
         }
-        const uint8_t* mask_row = mask + c * s.mask_stride;
+        const uint8_t* row = mask + c * s.mask_stride;
         const bool is_full = w < s.n_atoms / kMaskWord;
-        bits[c] = is_full ? full_word(mask_row, w) : tail_word(mask_row, s.n_atoms);
+        bits[c] = is_full ? full_word<kAllAtoms>(row, w) : tail_word<kAllAtoms>(row, s.n_atoms);
         source[c] = readable(p[c], static_cast<const C*>(s.coeffs_end), local[c]);
       }
       WordBlock<Format>::expand(bits, source, panel, stride);
     } else {
 #pragma GCC unroll 16
-      for (int c = 0; c < kW; ++c) bits[c] = full_word(mask + c * s.mask_stride, w);
+      for (int c = 0; c < kW; ++c) bits[c] = full_word<kAllAtoms>(mask + c * s.mask_stride, w);
       WordBlock<Format>::expand(bits, p, panel, stride);
     }
 #pragma GCC unroll 16
@@ -128,7 +128,7 @@ void expand_columns_to(const SparseColumns& s,
   for (int64_t c = 0; c < n_columns; ++c) offsets[c] = p[c] - column_coeffs<C>(s, column + c);
 }
 
-template <class Format>
+template <class Format, bool kAllAtoms>
 void expand_to_panel(const SparseColumns& s,
                      int64_t first,
                      int64_t n_columns,
@@ -145,17 +145,18 @@ void expand_to_panel(const SparseColumns& s,
     const int64_t n_inner = is_inner ? n_full : 0;
     float* out = panel + c;
     if (n_inner > 0) {
-      expand_columns_to<Format, false>(s, first + c, kW, word, n_inner, offsets + c, out, kPanel);
+      expand_columns_to<Format, false, kAllAtoms>(
+          s, first + c, kW, word, n_inner, offsets + c, out, kPanel);
     }
     if (n_inner < n_words) {
-      expand_columns_to<Format, true>(s,
-                                      first + c,
-                                      count,
-                                      word + n_inner,
-                                      n_words - n_inner,
-                                      offsets + c,
-                                      out + n_inner * kPanel * Format::kWordElements,
-                                      kPanel);
+      expand_columns_to<Format, true, kAllAtoms>(s,
+                                                 first + c,
+                                                 count,
+                                                 word + n_inner,
+                                                 n_words - n_inner,
+                                                 offsets + c,
+                                                 out + n_inner * kPanel * Format::kWordElements,
+                                                 kPanel);
     }
   }
 }

@@ -25,6 +25,8 @@ namespace {
 #include "cpu/sparse_gemm_format.inl"
 #include "cpu/sparse_gemm_few.inl"
 #include "cpu/sparse_gemm_panels.inl"
+#include "cpu/decode_fields_avx2.inl"
+#include "cpu/decode_fields.inl"
 #include "cpu/sparse_gemm_entry.inl"
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"

@@ -102,6 +102,51 @@ def sparse_gemm(
 def pack_mask(indices: int, rows: int, sparsity: int, n_atoms: int, mask: int, /) -> None: ...
 def unpack_mask(mask: int, rows: int, n_atoms: int, sparsity: int, indices: int, /) -> None: ...
 def validate_mask(mask: int, rows: int, n_atoms: int, sparsity: int, /) -> None: ...
+def packed_gemm(
+    z: int,
+    z_dtype: int,
+    rows: int,
+    z_stride: int,
+    n_atoms: int,
+    mask: int,
+    mask_cols: int,
+    codes: int,
+    d_out: int,
+    row_bytes: int,
+    sparsity: int,
+    kind: int,
+    bits: int,
+    scale: int,
+    scale_dtype: int,
+    n_groups: int,
+    group: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def decode_coeffs(
+    codes: int,
+    d_out: int,
+    row_bytes: int,
+    sparsity: int,
+    kind: int,
+    bits: int,
+    scale: int,
+    scale_dtype: int,
+    n_groups: int,
+    group: int,
+    out: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def pack_fields(
+    values: int, rows: int, n: int, bits: int, packed: int, num_threads: int, /
+) -> None: ...
+def unpack_fields(
+    packed: int, rows: int, n: int, bits: int, is_signed: bool, values: int, num_threads: int, /
+) -> None: ...
 def gemm_f32(
     alpha: float,
     a: int,

@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 
 __all__ = [
+    "coeffs_of_fields_reference",
+    "decode_coeffs_reference",
     "omp_encode_reference",
+    "pack_fields_reference",
     "pack_mask_reference",
+    "packed_gemm_reference",
     "sparse_gemm_reference",
+    "unpack_fields_reference",
     "unpack_mask_reference",
     "update_atoms_reference",
 ]
@@ -86,6 +91,141 @@ def sparse_gemm_reference(
     dense.scatter_(1, indices, coeffs.double())
     y = z.double() @ dense.T
     return y if bias is None else y + bias.double()
+
+
+def pack_fields_reference(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Write each row of integers bit by bit.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        ``[rows, n]`` integers, taken modulo ``2^bits``.
+    bits : int
+        Bits per field.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, ceil(bits n / 8)]`` uint8: bit k of field j is bit ``bits j + k`` of the row, and bit ``i & 7`` of
+        byte ``i >> 3`` is bit i of the row.
+    """
+    rows, n = values.shape
+    packed = torch.zeros((rows, (bits * n + 7) // 8), dtype=torch.uint8)
+    for row, fields in zip(packed, values.tolist(), strict=True):
+        for j, field in enumerate(fields):
+            for k in range(bits):
+                row[(bits * j + k) >> 3] |= (field >> k & 1) << ((bits * j + k) & 7)
+    return packed
+
+
+def unpack_fields_reference(
+    packed: torch.Tensor, n: int, bits: int, *, signed: bool
+) -> torch.Tensor:
+    """Read each row as one long integer and cut it into fields.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        ``[rows, ceil(bits n / 8)]`` uint8.
+    n, bits : int
+        Fields per row, bits per field.
+    signed : bool
+        Two's complement, or 0 to ``2^bits - 1``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, n]`` int32.
+    """
+    values = []
+    for row in packed.tolist():
+        number = int.from_bytes(bytes(row), "little")
+        fields = [number >> (bits * j) & (2**bits - 1) for j in range(n)]
+        is_negative = [signed and field >= 2 ** (bits - 1) for field in fields]
+        values.append(
+            [f - 2**bits if neg else f for f, neg in zip(fields, is_negative, strict=True)]
+        )
+    return torch.tensor(values, dtype=torch.int32).reshape(packed.shape[0], n)
+
+
+def decode_coeffs_reference(
+    codes: torch.Tensor, sparsity: int, bits: int, scale: torch.Tensor | None, group: int
+) -> torch.Tensor:
+    """Return the coefficients of packed fields.
+
+    Parameters
+    ----------
+    codes : torch.Tensor
+        ``[d_out, ceil(bits sparsity / 8)]`` uint8.
+    sparsity, bits : int
+        Fields per output, bits per field.
+    scale : torch.Tensor or None
+        ``[d_out, n_groups]``: fields are integers, field j times ``scale[:, j // group]`` (``scale[:, 0]`` if `group`
+        is 0). None: fields are the upper bits of a bfloat16.
+    group : int
+        Fields that share a scale.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[d_out, sparsity]`` float64, exact.
+    """
+    fields = unpack_fields_reference(codes, sparsity, bits, signed=scale is not None)
+    return coeffs_of_fields_reference(fields, bits, scale, group)
+
+
+def coeffs_of_fields_reference(
+    fields: torch.Tensor, bits: int, scale: torch.Tensor | None, group: int
+) -> torch.Tensor:
+    """Return the coefficients of fields; see `decode_coeffs_reference`.
+
+    Parameters
+    ----------
+    fields : torch.Tensor
+        ``[d_out, sparsity]`` integers, signed if there is a `scale`.
+    bits, scale, group
+        As for `decode_coeffs_reference`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[d_out, sparsity]`` float64, exact.
+    """
+    if scale is None:
+        return (fields.long() << (32 - bits)).to(torch.uint32).view(torch.float32).double()
+    sparsity = fields.shape[1]
+    group_of_field = torch.arange(sparsity) // (group or max(sparsity, 1))
+    return fields.double() * scale.double()[:, group_of_field]
+
+
+def packed_gemm_reference(
+    z: torch.Tensor,
+    mask: torch.Tensor | None,
+    coeffs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply by decoded coefficients: ``y = z @ S + bias``.
+
+    Parameters
+    ----------
+    z : torch.Tensor
+        ``[rows, n_atoms]``.
+    mask : torch.Tensor or None
+        ``[d_out, ceil(n_atoms / 8)]`` uint8; None: every output uses every atom.
+    coeffs : torch.Tensor
+        ``[d_out, sparsity]`` as from `decode_coeffs_reference`.
+    bias : torch.Tensor, optional
+        ``[d_out]``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, d_out]`` float64.
+    """
+    if mask is None:
+        all_atoms = torch.arange(z.shape[1], dtype=torch.int32).repeat(coeffs.shape[0], 1)
+        mask = pack_mask_reference(all_atoms, z.shape[1])
+    return sparse_gemm_reference(z, mask, coeffs, bias)
 
 
 def omp_encode_reference(
@@ -171,6 +311,7 @@ def update_atoms_reference(
     """K-SVD with dense matrices; all atoms of a block see the same residual.
 
     A block that raises the objective is undone and halved; after four accepted blocks in a row the size doubles.
+    ``power_iterations=0`` takes the first singular vectors of ``E``, with the sign that the power iteration tends to.
 
     Parameters
     ----------
@@ -203,6 +344,12 @@ def update_atoms_reference(
             for k in block:
                 rows = is_used[:, k]
                 error = residual[rows] + torch.outer(x[rows, k], d[k])
+                if power_iterations == 0:
+                    start = error.T @ x[rows, k]
+                    if start.norm() > 0:
+                        top = torch.linalg.svd(error, full_matrices=False).Vh[0]
+                        new_d[k] = top if top @ start >= 0 else -top
+                        new_x[rows, k] = error @ new_d[k]
                 for _ in range(power_iterations):
                     candidate = error.T @ new_x[rows, k]
                     if candidate.norm() == 0:

@@ -88,7 +88,7 @@ constexpr double kTolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
 
 TYPED_TEST(DictionaryTest, ObjectiveFallsAndIsReported) {
   for (const int64_t block_size : {1, 2, 5, 64}) {
-    for (const int power_iterations : {1, 3}) {
+    for (const int power_iterations : {0, 1, 3}) {
       Problem<TypeParam> problem(60, 33, 20, 7);
       AtomUpdateOptions options;
       options.block_size = block_size;
@@ -205,7 +205,9 @@ TYPED_TEST(DictionaryTest, ErrorsNameTheArgument) {
   expect_error(problem, options, "block_size: expected at least 1, got 0");
   options.block_size = 1;
   options.power_iterations = -1;
-  expect_error(problem, options, "power_iterations: expected at least 1, got -1");
+  expect_error(problem,
+               options,
+               "power_iterations: expected at least 1, or 0 for iterating to convergence, got -1");
 }
 
 }  // namespace

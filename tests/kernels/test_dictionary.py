@@ -191,6 +191,64 @@ def test_recovers_a_rank_one_matrix(dtype):
     assert stats.objective_after <= 1e-9 * stats.objective_before
 
 
+def with_gaps(n_signals, dim, n_atoms, sparsity, dtype):
+    """Signals made of few planted atoms, and atoms near them: every E has a first singular value well apart."""
+    generator = torch.Generator().manual_seed(1)
+
+    def unit_rows(*shape):
+        rows = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return rows / rows.norm(dim=1, keepdim=True)
+
+    planted = torch.linalg.qr(unit_rows(dim, n_atoms)).Q.T
+    order = torch.rand(n_signals, n_atoms, generator=generator).argsort(1)
+    indices = order[:, :sparsity].sort(1).values
+    coeffs = 1 + torch.rand(n_signals, sparsity, generator=generator, dtype=torch.float64)
+    signals = (coeffs[:, :, None] * planted[indices]).sum(1)
+    signals += 0.05 * torch.randn(n_signals, dim, generator=generator, dtype=torch.float64)
+    atoms = planted + 0.1 * unit_rows(n_atoms, dim)
+    atoms /= atoms.norm(dim=1, keepdim=True)
+    return atoms.to(dtype), signals.to(dtype), indices.int(), coeffs.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 4, 64])
+def test_convergence_gives_the_first_singular_vectors(block_size, dtype):
+    atoms, signals, indices, coeffs = with_gaps(200, 40, 24, 3, dtype)
+    expected_atoms, expected_coeffs = update_atoms_reference(
+        atoms, signals, indices, coeffs, power_iterations=0, block_size=block_size
+    )
+    update_atoms(atoms, signals, indices, coeffs, power_iterations=0, block_size=block_size)
+    # At convergence a step is at most the stated 1e-6 or 1e-12, and what is left is of that size.
+    tolerance = {"rtol": 0.0, "atol": 5e-6 if dtype == torch.float32 else 5e-12}
+    torch.testing.assert_close(atoms.double(), expected_atoms, **tolerance)
+    torch.testing.assert_close(coeffs.double(), expected_coeffs, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convergence_is_a_rank_one_optimum(dtype):
+    """One atom alone: the error that is left is what the second and later singular values hold."""
+    generator = torch.Generator().manual_seed(3)
+    signals = torch.randn(30, 12, generator=generator, dtype=torch.float64)
+    signals += 5 * torch.outer(torch.randn(30, generator=generator), torch.ones(12)).double()
+    signals = signals.to(dtype)
+    atoms = torch.eye(1, 12, dtype=dtype)
+    indices = torch.zeros(30, 1, dtype=torch.int32)
+    stats = update_atoms(atoms, signals, indices, signals @ atoms.T, power_iterations=0)
+    expected = torch.linalg.svdvals(signals.double())[1:].square().sum().item()
+    assert stats.objective_after == pytest.approx(expected, rel=100 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_convergence_ends_without_a_gap(block_size):
+    """Equal singular values: any direction is as good, and the iteration count is bounded."""
+    atoms, signals = torch.eye(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
+    indices = torch.arange(8, dtype=torch.int32).repeat(8, 1)
+    coeffs = torch.ones(8, 8, dtype=torch.float64)
+    stats = update_atoms(atoms, signals, indices, coeffs, power_iterations=0, block_size=block_size)
+    assert atoms.isfinite().all()
+    assert stats.objective_after <= stats.objective_before
+
+
 @pytest.mark.parametrize("block_size", [1, 64])
 def test_empty_problems(block_size):
     for n_signals, dim, n_atoms, sparsity in [
@@ -245,7 +303,7 @@ def example():
         ({"coeffs": torch.full((2, 2), torch.nan)}, r"coeffs: element \[0, 0\] is not finite"),
         ({"signals": torch.full((2, 3), torch.inf)}, r"signals: element \[0, 0\] is not finite"),
         ({"atoms": torch.eye(3, 6)[:, ::2]}, "atoms: updated in place"),
-        ({"power_iterations": 0}, "power_iterations: expected at least 1, got 0"),
+        ({"power_iterations": -1}, "power_iterations: expected at least 1, or 0 .* got -1"),
         ({"block_size": 0}, "block_size: expected at least 1, got 0"),
         ({"sweeps": 0}, "sweeps: expected at least 1, got 0"),
         ({"unused": "drop"}, "unused: expected 'skip' or 'reseed', got 'drop'"),

@@ -34,7 +34,7 @@ def objective(atoms, signals, indices, coeffs):
 
 
 @SETTINGS
-@given(problems(), st.sampled_from([1, 3, 64]), st.integers(1, 3), st.integers(1, 2))
+@given(problems(), st.sampled_from([1, 3, 64]), st.integers(0, 3), st.integers(1, 2))
 def test_objective_never_increases(problem, block_size, power_iterations, sweeps):
     atoms, signals, indices, coeffs = problem
     before = objective(*problem)

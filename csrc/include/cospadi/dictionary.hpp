@@ -13,9 +13,15 @@ enum class UnusedAtoms {
   kReseed,  ///< becomes the residual direction of the worst coded signal; each signal serves once
 };
 
+/// Most alternations per atom and sweep when `power_iterations` is 0.
+inline constexpr int kMaxPowerIterations = 200;
+
 struct AtomUpdateOptions {
-  /// Alternations d <- E^T x, x <- E d per atom and sweep, from the current coefficients; at
-  /// least 1.
+  /// Alternations d <- E^T x, x <- E d per atom and sweep, from the current coefficients. 0: to
+  /// convergence, until an alternation moves the atom by less than 1e-6 (float) or 1e-12 (double),
+  /// at most kMaxPowerIterations times. That is the best rank-one update, the first singular
+  /// vectors of E, as far as the gap to its second singular value lets the iteration tell them
+  /// apart.
   int power_iterations = 1;
   /// Atoms updated together against one residual. 1: strictly sequential K-SVD. More: block Jacobi
   /// by dense products; equal quality up to about 128 at k = 2 s. A block that would raise the
@@ -39,8 +45,9 @@ struct AtomUpdateStats {
 ///
 /// Per atom d with coefficients x on the signals Omega that use it and E = R_Omega + x d^T (R the
 /// residual): d <- E^T x / |E^T x|, x <- E d, `power_iterations` times. An update of norm zero
-/// leaves atom and coefficients alone. Time `(2 p + 1) 2 n_signals sparsity dim` flops per
-/// sequential sweep and `(4 p + 4) n_signals n_atoms dim` per blocked one. T is float or double.
+/// leaves atom and coefficients alone. With p alternations done, time `(2 p + 1) 2 n_signals
+/// sparsity dim` flops per sequential sweep and `(4 p + 4) n_signals n_atoms dim` per blocked one.
+/// T is float or double.
 ///
 /// @param signals [n_signals x dim] rows y_n, finite. Borrowed for the call.
 /// @param indices [n_signals x sparsity] support, strictly ascending per row, below n_atoms
@@ -48,11 +55,11 @@ struct AtomUpdateStats {
 /// @param coeffs  [n_signals x sparsity] in and out, finite, in the order of `indices`
 ///
 /// Workspace: n_signals * dim elements, 8 bytes per coefficient, and in the blocked variant
-/// 3 n_signals * block_size elements. The result is the same for every thread count. Views must not
-/// overlap. Throws Error(kInvalidArgument) before anything is changed. Throws Error(kOutOfMemory)
-/// if a workspace cannot be allocated: nothing is changed either, except in the blocked variant if
-/// the small buffers of a product fail later, which leaves some blocks updated and all of them
-/// consistent.
+/// (3 n_signals + 3 dim) * block_size elements. The result is the same for every thread count.
+/// Views must not overlap. Throws Error(kInvalidArgument) before anything is changed. Throws
+/// Error(kOutOfMemory) if a workspace cannot be allocated: nothing is changed either, except in the
+/// blocked variant if the small buffers of a product fail later, which leaves some blocks updated
+/// and all of them consistent.
 template <class T>
 AtomUpdateStats update_atoms(MatrixView<const T> signals,
                              MatrixView<const int32_t> indices,

@@ -7,17 +7,31 @@ follow the learner's convention: signals and atoms are rows. Every function has 
 from cospadi.native.atoms import AtomUpdateStats, update_atoms
 from cospadi.native.gemm import gemm
 from cospadi.native.omp import OmpResult, omp_encode
+from cospadi.native.packed import (
+    CODE_FORMATS,
+    CodeFormat,
+    decode_coeffs,
+    pack_fields,
+    packed_gemm,
+    unpack_fields,
+)
 from cospadi.native.runtime import runtime_info
 from cospadi.native.sparse import pack_mask, sparse_gemm, unpack_mask, validate_mask
 
 __all__ = [
+    "CODE_FORMATS",
     "AtomUpdateStats",
+    "CodeFormat",
     "OmpResult",
+    "decode_coeffs",
     "gemm",
     "omp_encode",
+    "pack_fields",
     "pack_mask",
+    "packed_gemm",
     "runtime_info",
     "sparse_gemm",
+    "unpack_fields",
     "unpack_mask",
     "update_atoms",
     "validate_mask",

@@ -74,7 +74,9 @@ def update_atoms(
     coeffs : torch.Tensor
         ``[n_signals, sparsity]``, same dtype as `atoms`, unit inner stride, updated in place.
     power_iterations : int
-        At least 1.
+        At least 1; or 0 for iterating to convergence: until an alternation moves the atom by less than 1e-6 (float32)
+        or 1e-12 (float64), at most 200 times. That is the best rank-one update (the paper's exact PCA), as far as the
+        gap between the first two singular values of ``E`` lets the iteration tell them apart.
     block_size : int
         Atoms updated together against one residual. 1 is the strictly sequential method; larger blocks run as
         dense matrix products. A block that would raise the objective is undone and halved, so the objective

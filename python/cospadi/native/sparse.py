@@ -11,13 +11,14 @@ from cospadi import _C
 from cospadi.errors import InputError
 from cospadi.native.support import check_tensor, native_errors, thread_count
 
-_FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types of the column-sparse GEMM and their numbers in the extension (``DType``)."""
 
-_FLOATS = tuple(_FLOAT_CODES)
+FLOATS = tuple(FLOAT_CODES)
 
 
-def _mask_bytes(n_atoms: int) -> int:
+def mask_row_bytes(n_atoms: int) -> int:
+    """Return the bytes of one mask row: ``ceil(n_atoms / 8)``."""
     return (n_atoms + 7) // 8
 
 
@@ -71,13 +72,13 @@ def sparse_gemm(
         and coeffs.is_cpu
         and z.dim() > 0
         and len(mask_shape) == len(coeffs_shape) == 2
-        and z.dtype in _FLOAT_CODES
+        and z.dtype in FLOAT_CODES
         and mask.dtype is torch.uint8
-        and coeffs.dtype in _FLOAT_CODES
+        and coeffs.dtype in FLOAT_CODES
         and mask_shape[0] == coeffs_shape[0]
         and mask_shape[1] == (z.shape[-1] + 7) // 8
         and coeffs_shape[1] <= z.shape[-1]
-        and (bias is None or _is_bias(bias, coeffs_shape[0]))
+        and (bias is None or is_bias(bias, coeffs_shape[0]))
     )
     if not is_valid:
         _raise_sparse_gemm_error(z, mask, coeffs, bias)
@@ -95,18 +96,18 @@ def sparse_gemm(
     bias_address = bias_code = 0
     if bias is not None:
         bias = bias.contiguous()
-        bias_address, bias_code = bias.data_ptr(), _FLOAT_CODES[bias.dtype]
+        bias_address, bias_code = bias.data_ptr(), FLOAT_CODES[bias.dtype]
     try:
         _C.sparse_gemm(
             z.data_ptr(),
-            _FLOAT_CODES[z.dtype],
+            FLOAT_CODES[z.dtype],
             math.prod(batch),
             z_stride,
             n_atoms,
             mask.data_ptr(),
             mask_shape[1],
             coeffs.data_ptr(),
-            _FLOAT_CODES[coeffs.dtype],
+            FLOAT_CODES[coeffs.dtype],
             d_out,
             sparsity,
             bias_address,
@@ -120,8 +121,9 @@ def sparse_gemm(
     return y
 
 
-def _is_bias(bias: torch.Tensor, d_out: int) -> bool:
-    return bias.is_cpu and bias.dtype in _FLOAT_CODES and bias.shape == (d_out,)
+def is_bias(bias: torch.Tensor, d_out: int) -> bool:
+    """Whether `bias` is a CPU tensor ``[d_out]`` of a storage type."""
+    return bias.is_cpu and bias.dtype in FLOAT_CODES and bias.shape == (d_out,)
 
 
 def _raise_sparse_gemm_error(
@@ -131,13 +133,13 @@ def _raise_sparse_gemm_error(
     name = "sparse_gemm"
     if z.dim() == 0:
         raise InputError(f"{name}: z: expected shape [..., n_atoms], got a scalar")
-    check_tensor(name, "z", z, (None,) * z.dim(), _FLOATS)
+    check_tensor(name, "z", z, (None,) * z.dim(), FLOATS)
     n_atoms = z.shape[-1]
-    check_tensor(name, "coeffs", coeffs, (None, None), _FLOATS)
+    check_tensor(name, "coeffs", coeffs, (None, None), FLOATS)
     d_out, sparsity = coeffs.shape
-    check_tensor(name, "mask", mask, (d_out, _mask_bytes(n_atoms)), (torch.uint8,))
+    check_tensor(name, "mask", mask, (d_out, mask_row_bytes(n_atoms)), (torch.uint8,))
     if bias is not None:
-        check_tensor(name, "bias", bias, (d_out,), _FLOATS)
+        check_tensor(name, "bias", bias, (d_out,), FLOATS)
     raise InputError(f"{name}: coeffs: s = {sparsity} is more than the {n_atoms} atoms of z")
 
 
@@ -165,7 +167,7 @@ def pack_mask(indices: torch.Tensor, n_atoms: int) -> torch.Tensor:
     check_tensor(name, "indices", indices, (None, None), (torch.int32,))
     _check_atoms(name, n_atoms)
     indices = indices.detach().contiguous()
-    mask = torch.empty((indices.shape[0], _mask_bytes(n_atoms)), dtype=torch.uint8)
+    mask = torch.empty((indices.shape[0], mask_row_bytes(n_atoms)), dtype=torch.uint8)
     with native_errors(name):
         _C.pack_mask(
             indices.data_ptr(), indices.shape[0], indices.shape[1], n_atoms, mask.data_ptr()
@@ -232,5 +234,5 @@ def _checked_mask(function: str, mask: torch.Tensor, n_atoms: int, sparsity: int
     _check_atoms(function, n_atoms)
     if not 0 <= sparsity <= n_atoms:
         raise InputError(f"{function}: sparsity: expected 0 to n_atoms = {n_atoms}, got {sparsity}")
-    check_tensor(function, "mask", mask, (None, _mask_bytes(n_atoms)), (torch.uint8,))
+    check_tensor(function, "mask", mask, (None, mask_row_bytes(n_atoms)), (torch.uint8,))
     return mask.contiguous()
