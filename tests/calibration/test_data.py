@@ -8,11 +8,13 @@ import struct
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cospadi.calibration.data import builtin_text, load_calibration
 from cospadi.calibration.ids import ids_sha256
-from cospadi.calibration.text import read_documents, wikitext_rows
+from cospadi.calibration.text import DocumentRange, read_documents, split_range, wikitext_rows
 from cospadi.errors import InputError
 
 
@@ -206,3 +208,150 @@ def test_wikitext_rows_follow_the_published_data_set():
     rows = ["", " = Title = \n", "", " Some text . \n", " Second . \n"]
     assert wikitext_rows(raw) == "\n\n".join(rows)
     assert wikitext_rows(raw.rstrip("\n")) == "\n\n".join(rows)
+
+
+# ---- document ranges -----------------------------------------------------------------------------
+
+
+def write_lines(path, n):
+    """Write documents "doc 0", "doc 1", ... with a blank document behind each third."""
+    lines = []
+    for i in range(n):
+        lines.append(json.dumps({"text": f"doc {i}"}))
+        if i % 3 == 2:
+            lines.append(json.dumps({"text": " "}))
+    path.write_text("\n".join(lines))
+    return [f"doc {i}" for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("[:4]", slice(None, 4)),
+        ("[4:]", slice(4, None)),
+        ("[2:7]", slice(2, 7)),
+        ("[ 2 : 7 ]", slice(2, 7)),
+        ("[:]", slice(None)),
+        ("[9:10]", slice(9, 10)),
+        ("[0:10]", slice(0, 10)),
+    ],
+)
+def test_range_is_the_python_slice_of_the_documents(tmp_path, written, wanted):
+    documents = write_lines(tmp_path / "a.jsonl", 10)
+    name, found = read_documents(f"{tmp_path}/a.jsonl{written}")
+    assert list(found) == documents[wanted]
+    assert name.startswith("a.jsonl[")
+    _, found = read_documents(tmp_path / f"a.jsonl{written}")
+    assert list(found) == documents[wanted]
+    _, found = read_documents(f"{tmp_path}{written}")  # the folder
+    assert list(found) == documents[wanted]
+
+
+@given(
+    st.integers(0, 50).flatmap(
+        lambda start: st.tuples(st.just(start), st.none() | st.integers(start + 1, 99))
+    )
+)
+def test_range_reads_back_what_it_writes(bounds):
+    wanted = DocumentRange(*bounds)
+    assert split_range(f"owner/corpus:en:train{wanted}") == ("owner/corpus:en:train", wanted)
+
+
+@pytest.mark.parametrize(
+    ("written", "match"),
+    [
+        ("[:11]", r"range \[:11\] of a.jsonl: it holds 10 documents"),
+        ("[10:]", "holds 10 documents"),
+        ("[3:12]", "holds 10 documents"),
+        ("[-2:]", r"expected \[start:stop\]"),
+        ("[:-2]", r"expected \[start:stop\]"),
+        ("[3]", r"expected \[start:stop\]"),
+        ("[0:8:2]", r"expected \[start:stop\]"),
+        ("[]", r"expected \[start:stop\]"),
+        ("[5:5]", "selects no document"),
+        ("[5:2]", "selects no document"),
+    ],
+)
+def test_bad_ranges(tmp_path, tiny_tokenizer, written, match):
+    write_lines(tmp_path / "a.jsonl", 10)
+    fails(match, f"{tmp_path}/a.jsonl{written}", tiny_tokenizer, n_samples=1, sequence_length=2)
+
+
+def test_range_of_one_document_and_of_the_builtin_text(tmp_path, tiny_tokenizer):
+    (tmp_path / "a.txt").write_text("one document")
+    assert list(read_documents(f"{tmp_path}/a.txt[:1]")[1]) == ["one document"]
+    for written in ("[1:]", "[:2]"):
+        _, found = read_documents(f"{tmp_path}/a.txt{written}")
+        with pytest.raises(InputError, match=r"a\.txt: it holds 1 documents"):
+            list(found)
+    halves = builtin_text("calibration")
+    name, found = read_documents("builtin[:3]")
+    documents = list(found)
+    assert len(documents) == 3
+    assert halves.startswith("\n\n".join(documents))
+    assert name.endswith("[:3]")
+    _, found = read_documents("builtin[:1000]")
+    with pytest.raises(InputError, match=r"range \[:1000\] of builtin"):
+        list(found)
+    made = load_calibration("builtin[:1]", tiny_tokenizer, n_samples=30, sequence_length=64)
+    assert "overlapping" in made.description
+
+
+def test_range_of_missing_files_and_of_token_ids(tmp_path, tiny_tokenizer):
+    fails("does not exist", "nothing.jsonl[:3]", tiny_tokenizer)
+    fails("does not exist", tmp_path / "nothing[:3]", tiny_tokenizer)
+    save_file({"a": torch.arange(9)}, tmp_path / "ids.safetensors")
+    fails("token ids have no documents", f"{tmp_path}/ids.safetensors[:3]", tiny_tokenizer)
+
+
+def test_brackets_in_names_stay_names(tmp_path):
+    documents = write_lines(tmp_path / "a.jsonl", 5)
+    (tmp_path / "part[1:2]").mkdir()
+    write_lines(tmp_path / "part[1:2]" / "a.jsonl", 4)
+    assert list(read_documents(f"{tmp_path}/part[1:2]")[1]) == documents[:4]
+    assert list(read_documents(f"{tmp_path}/part[1:2][3:]")[1]) == documents[3:4]
+    (tmp_path / "b[7].jsonl").write_text('{"text": "only"}')
+    assert list(read_documents(tmp_path / "b[7].jsonl")[1]) == ["only"]
+    (tmp_path / "a.jsonl[:2]").write_text("a file of this very name")
+    assert list(read_documents(f"{tmp_path}/a.jsonl[:2]")[1]) == ["a file of this very name"]
+
+
+def test_windows_of_a_range_never_see_other_documents(tmp_path, tiny_tokenizer):
+    def write(path, behind):
+        documents = [f"Document {i} speaks of {i * i} things. " * 5 for i in range(12)]
+        documents[8:] = [behind] * 4
+        path.write_text("\n".join(json.dumps({"text": d}) for d in documents))
+
+    made = []
+    for number, behind in enumerate(("unseen " * 40, "other words " * 90)):
+        path = tmp_path / f"{number}" / "text.jsonl"
+        path.parent.mkdir()
+        write(path, behind)
+        made.append(
+            load_calibration(f"{path}[:8]", tiny_tokenizer, n_samples=9, sequence_length=64)
+        )
+        # damage behind the range is not even read
+        path.write_text("\n".join([*path.read_text().split("\n")[:8], "{damaged"]))
+        again = load_calibration(f"{path}[:8]", tiny_tokenizer, n_samples=9, sequence_length=64)
+        assert again.sha256 == made[-1].sha256
+    assert made[0].sha256 == made[1].sha256
+    assert made[0].description == made[1].description
+    assert "text.jsonl[:8]: 8 documents" in made[0].description
+
+
+def test_range_of_a_hub_data_set_reads_no_further(tiny_tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    read = []
+
+    def rows():
+        for i in range(50):
+            read.append(i)
+            yield {"text": f"row {i} " * 40}
+
+    monkeypatch.setattr("cospadi.calibration.text.require_hub", lambda *a, **k: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows())
+    made = load_calibration(
+        "someone/corpus:en[2:6]", tiny_tokenizer, n_samples=4, sequence_length=16
+    )
+    assert read == list(range(6))
+    assert "someone/corpus:en[2:6]: 4 documents" in made.description

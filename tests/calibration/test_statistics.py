@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from decoder_models import RoutedModel
 
 from cospadi.calibration.capture import GramAccumulator
 from cospadi.calibration.statistics import collect_grams
@@ -191,22 +191,6 @@ def test_overflowing_square_is_an_error():
         all_grams(model, targets, token_ids())
 
 
-class RoutedModel(nn.Module):
-    """Two linears of which each token batch reaches one."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 32)
-        self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(32, 32) for n in "ab"})])
-
-    def get_input_embeddings(self):  # noqa: D102
-        return self.embed
-
-    def forward(self, input_ids, use_cache):  # noqa: D102
-        name = "a" if int(input_ids[0, 0]) == 2 else "b"
-        return self.layers[0][name](self.embed(input_ids))
-
-
 def test_module_that_the_first_tokens_miss_has_its_own_tokens():
     model = RoutedModel()
     targets, _ = discover(model)
@@ -278,37 +262,76 @@ def test_bad_arguments():
         list(collect_grams(model, targets, token_ids(), max_gram_bytes=1000))
 
 
-@pytest.mark.parametrize("d", [1, 7, 256, 257, 600])
-def test_accumulator_equals_fp64(d):
+def accumulator_of(d):
+    return GramAccumulator("a_module", d, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("d", [1, 7, 192, 193, 600])
+@pytest.mark.parametrize("n_rows", [1, 50, 700])
+def test_accumulator_equals_fp64(d, n_rows):
     generator = torch.Generator().manual_seed(d)
-    rows = torch.randn(3, 50, d, generator=generator)
-    accumulator = GramAccumulator(d, torch.device("cpu"))
-    assert all(accumulator.add(batch) for batch in rows)
+    rows = torch.randn(3, n_rows, d, generator=generator)
+    accumulator = accumulator_of(d)
+    for batch in rows:
+        accumulator.add(batch)
     x = rows.double().reshape(-1, d)
     gram = accumulator.mean()
-    torch.testing.assert_close(gram, x.T @ x / 150, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gram, x.T @ x / (3 * n_rows), rtol=1e-5, atol=1e-5)
     assert torch.equal(gram, gram.T)
+
+
+def test_batches_of_any_size_add_up():
+    # 2 * 8 gathered rows at most: fills, overfills and passes by the gathered rows, in every order
+    sizes = [1, 15, 1, 8, 8, 3, 9, 20, 5, 16, 2, 2]
+    rows = torch.randn(sum(sizes), 8, generator=torch.Generator().manual_seed(0))
+    accumulator = accumulator_of(8)
+    for batch in torch.split(rows, sizes):
+        accumulator.add(batch)
+    assert accumulator.n_tokens == sum(sizes)
+    x = rows.double()
+    torch.testing.assert_close(accumulator.mean(), x.T @ x / sum(sizes), rtol=1e-5, atol=1e-6)
+
+
+def test_gathered_rows_are_copies():
+    rows = torch.ones(2, 8)
+    accumulator = accumulator_of(8)
+    accumulator.add(rows)
+    rows.fill_(7)
+    assert (accumulator.mean() == 1).all()
 
 
 def test_accumulation_loses_nothing_over_many_batches():
     # in fp32, adding 1 to 2^24 changes nothing: the sum would stop growing
-    accumulator = GramAccumulator(1, torch.device("cpu"))
+    accumulator = accumulator_of(1)
     accumulator.add(torch.full((1, 1), 4096.0))
-    for _ in range(100):
-        accumulator.add(torch.ones(1, 1))
+    for _ in range(50):
+        accumulator.add(torch.ones(2, 1))
     assert accumulator.mean().item() * 101 == pytest.approx(2**24 + 100, rel=1e-12)
 
 
 @pytest.mark.parametrize("d", [300, 4])
 @pytest.mark.parametrize("position", [0, -1])
-def test_non_finite_values_show_anywhere(d, position):
-    rows = torch.zeros(5, d)
-    rows[2, position] = float("nan")
-    assert not GramAccumulator(d, torch.device("cpu")).add(rows)
+@pytest.mark.parametrize("n_rows", [2, 1000])  # gathered, and multiplied at once
+def test_non_finite_values_show_anywhere(d, position, n_rows):
+    rows = torch.zeros(n_rows, d)
+    rows[1, position] = float("nan")
+    accumulator = accumulator_of(d)
+    with pytest.raises(InputError, match=f"enters a_module is not finite: 1 of {rows.numel()}"):
+        accumulator.add(rows)
+        accumulator.mean()
 
 
 def test_half_precision_rows_are_multiplied_in_fp32():
-    rows = torch.full((4, 2), 300.0, dtype=torch.float16)  # 300^2 * 4 overflows fp16
-    accumulator = GramAccumulator(2, torch.device("cpu"))
-    assert accumulator.add(rows)
-    assert accumulator.mean()[0, 0] == 90_000
+    for n_rows in (2, 100):
+        rows = torch.full((n_rows, 2), 300.0, dtype=torch.float16)  # 300^2 overflows fp16
+        accumulator = accumulator_of(2)
+        accumulator.add(rows)
+        assert accumulator.mean()[0, 0] == 90_000
+
+
+def test_grams_are_the_same_bits_in_every_run():
+    model = make_model("llama")
+    targets, _ = discover(model)
+    runs = [all_grams(model, targets, token_ids(), batch_size=1) for _ in range(2)]
+    for key, gram in runs[0].items():
+        assert torch.equal(gram.gram, runs[1][key].gram)

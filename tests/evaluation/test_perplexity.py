@@ -182,6 +182,24 @@ def test_sources_of_text(tmp_path, tiny_tokenizer, tiny_tokenizer_bos):
     assert builtin.tolist() == encoded(builtin_text("evaluation"))
 
 
+def test_range_of_documents(tmp_path, tiny_tokenizer):
+    def encoded(text):
+        return tiny_tokenizer(text)["input_ids"]
+
+    lines = tmp_path / "some documents.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(5)))
+    found = tokenize_text(tiny_tokenizer, f"{lines}[1:3]").tolist()
+    assert found == encoded("text 1\n\ntext 2")
+    held_back = tokenize_text(tiny_tokenizer, f"{lines}[3:]").tolist()
+    assert held_back == encoded("text 3\n\ntext 4")
+    with pytest.raises(InputError, match="holds 5 documents"):
+        tokenize_text(tiny_tokenizer, f"{lines}[3:9]")
+    with pytest.raises(InputError, match="does not exist"):
+        tokenize_text(tiny_tokenizer, f"{tmp_path}/no such documents.jsonl[3:9]")
+    # brackets at the end of a text do not make it a path
+    assert tokenize_text(tiny_tokenizer, "an array [1:3]").tolist() == encoded("an array [1:3]")
+
+
 def test_missing_text(tiny_tokenizer, tmp_path):
     for source in ("no.txt", "/no/such/file of text.txt", tmp_path / "no", "no.safetensors"):
         with pytest.raises(InputError, match="does not exist"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration.ids import ids_sha256, read_ids
-from cospadi.calibration.text import builtin_text, existing_path, read_documents
+from cospadi.calibration.text import builtin_text, existing_path, read_documents, split_range
 from cospadi.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ def load_calibration(
     Parameters
     ----------
     spec
-        A text source (see `cospadi.calibration.text.read_documents`), or a ``.safetensors`` file with token ids in a
-        tensor named ``calibration`` (or its only tensor): [n, length], or one dimension for a token stream.
+        A text source, perhaps with a range of its documents (see `cospadi.calibration.text.read_documents`), or a
+        ``.safetensors`` file with token ids in a tensor named ``calibration`` (or its only tensor): [n, length], or
+        one dimension for a token stream.
     tokenizer
         The model's tokenizer; not used for token ids.
     n_samples, sequence_length
@@ -83,8 +84,8 @@ def load_calibration(
     -----
     How windows are made from text:
 
-    1. Documents are taken in the order of the source until they have 16 characters per wanted token, at least 8 Mi
-       characters together; the last one is cut there.
+    1. Documents are taken in the order of the source, or of its range, until they have 16 characters per wanted
+       token, at least 8 Mi characters together; the last one is cut there.
     2. Each document with a blank line behind it is tokenised without special tokens; the ids are concatenated.
     3. The stream is cut into consecutive windows, the tail dropped. ``torch.randperm`` with `seed` orders them, the
        first `n_samples` are taken. So fewer samples with the same seed are the beginning of more samples.
@@ -112,10 +113,11 @@ def load_calibration(
         windows = _Windows(n_samples or 128, sequence_length or 1024, seed)
         return windows.choose(ids, [], f"{path.name}: {ids.numel()} token ids", may_overlap=False)
     windows = _Windows(n_samples or 128, sequence_length or 1024, seed)
+    may_overlap = split_range(spec)[0] == "builtin"
     name, documents = read_documents(spec)
     stream, amount = _tokenise(documents, tokenizer, windows.n_samples * windows.length)
     return windows.choose(
-        stream, leading_tokens(tokenizer), f"{name}: {amount}", may_overlap=spec == "builtin"
+        stream, leading_tokens(tokenizer), f"{name}: {amount}", may_overlap=may_overlap
     )
 
 

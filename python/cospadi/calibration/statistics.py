@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -114,7 +114,8 @@ def collect_grams(
 
     Notes
     -----
-    Memory: the Grams (8 d_in^2 bytes each) plus the activations of one batch. Deterministic for a given thread count.
+    Memory: the Grams (8 d_in^2 bytes each), at most as much again for gathered rows of small batches, and the
+    activations of one batch. Deterministic for a given thread count.
     """
     wanted = [target for target in targets if target.name not in skip_targets]
     if ids.ndim != 2:
@@ -137,19 +138,12 @@ def _collect(
 ) -> Iterator[GramPass]:
     device = next(model.parameters()).device
     modules = {target.name: model.get_submodule(target.name) for target in targets}
-    decoder = _decoder_with(model, modules)
+    decoder = decoder_with(model, modules.values())
     blocks = [block for _, block in decoder_blocks(model)]
     was_training = model.training
     model.eval()  # dropout would enter the statistics
     try:
-        groups = find_input_groups(
-            decoder,
-            modules,
-            {target.name: target.d_in for target in targets},
-            {target.name: target.block for target in targets},
-            ids[:1, :_PROBE_TOKENS].to(device),
-        )
-        passes = _plan_passes(groups, max_gram_bytes)
+        passes = plan_passes(input_groups(model, targets, ids), max_gram_bytes)
         n_batches = -(-ids.shape[0] // batch_size)
         for index, part in enumerate(passes):
             stream = _Stream(decoder, modules, blocks, ids, batch_size, device)
@@ -199,10 +193,48 @@ def _run_pass(
     return GramPass(index, n_passes, _finish(part, observer), time.perf_counter() - started)
 
 
-def _plan_passes(
-    groups: Sequence[InputGroup], max_gram_bytes: int | None
-) -> list[list[InputGroup]]:
-    """Cut the groups, in block order, into passes whose Grams fit."""
+def input_groups(
+    model: nn.Module, targets: Sequence[TargetLinear], ids: Tensor
+) -> list[InputGroup]:
+    """Find out which targets receive the same input, by a forward pass over the first tokens.
+
+    Parameters
+    ----------
+    model
+        Causal language model in eval mode.
+    targets
+        Layers to group.
+    ids
+        Calibration tokens [n_samples, length].
+
+    Returns
+    -------
+    list of InputGroup
+        As `find_input_groups` gives them.
+    """
+    modules = {target.name: model.get_submodule(target.name) for target in targets}
+    return find_input_groups(
+        decoder_with(model, modules.values()),
+        modules,
+        {target.name: target.d_in for target in targets},
+        {target.name: target.block for target in targets},
+        probe_tokens(model, ids),
+    )
+
+
+def probe_tokens(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the first tokens [1, at most 64] on the model's device: enough to see which modules are called."""
+    return ids[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
+
+
+def plan_passes(groups: Sequence[InputGroup], max_gram_bytes: int | None) -> list[list[InputGroup]]:
+    """Cut the groups, in block order, into passes whose Grams fit.
+
+    Raises
+    ------
+    InputError
+        The largest Gram alone exceeds `max_gram_bytes`.
+    """
     outside = max((group.last_block or 0 for group in groups), default=0) + 1
     ordered = sorted(groups, key=lambda g: outside if g.last_block is None else g.last_block)
     passes: list[list[InputGroup]] = [[]]
@@ -242,12 +274,12 @@ def _finish(part: Sequence[InputGroup], observer: GramObserver) -> dict[str, Act
     return grams
 
 
-def _decoder_with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+def decoder_with(model: nn.Module, modules: Iterable[nn.Module]) -> nn.Module:
     """Return the model's decoder if every module lies in it, else the whole model."""
     find = getattr(model, "get_decoder", None)
     decoder = find() if callable(find) else None
     if isinstance(decoder, nn.Module):
         inside = {id(module) for module in decoder.modules()}
-        if all(id(module) in inside for module in modules.values()):
+        if all(id(module) in inside for module in modules):
             return decoder
     return model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,99 @@ Half = Literal["calibration", "evaluation"]
 
 #: Suffixes a folder is searched for, and that make an argument a file rather than a hub id.
 TEXT_SUFFIXES = (".txt", ".raw", ".jsonl")
+
+# What is meant as a range; whether it is a valid one is checked afterwards, so that "[-5:]" is an error and no name.
+_RANGE = re.compile(r"(?P<base>.+)\[(?P<range>[-+\d\s:]*)\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DocumentRange:
+    """Documents `start` to `stop` (exclusive, None for all that follow) of a text source, counted from 0.
+
+    ``str`` gives the form it is written in, such as ``[800:]``.
+    """
+
+    start: int
+    stop: int | None
+
+    def __str__(self) -> str:
+        return f"[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+
+    def select(self, documents: Iterator[str], name: str) -> Iterator[str]:
+        """Yield the documents of the range; later ones are never read.
+
+        Raises
+        ------
+        InputError
+            The source ends before the range does: a text that is shorter than its description would go unnoticed.
+        """
+        count = 0
+        while self.stop is None or count < self.stop:
+            document = next(documents, None)
+            if document is None:
+                break
+            count += 1
+            if count > self.start:
+                yield document
+        if count <= self.start or (self.stop is not None and count < self.stop):
+            raise InputError(
+                f"document range {self} of {name}: it holds {count} documents; choose a range within them"
+            )
+
+
+def split_range(source: str | Path) -> tuple[str | Path, DocumentRange | None]:
+    """Separate a text source from the document range behind it, ``SOURCE[start:stop]``.
+
+    Parameters
+    ----------
+    source
+        A text source. Something that exists under its whole name has no range, whatever its name ends with.
+
+    Returns
+    -------
+    source, documents
+        The source alone, of the type that was given; the range, or None for all documents.
+
+    Raises
+    ------
+    InputError
+        The brackets hold no range of documents: a single number, a negative number, a step, or nothing selected.
+    """
+    base, written = _split_brackets(source)
+    if written is None:
+        return source, None
+    parts = [part.strip() for part in written.split(":")]
+    if len(parts) != 2 or not all(part == "" or part.isdecimal() for part in parts):
+        raise InputError(
+            f"document range of {source!s}: expected [start:stop] with numbers from 0, or one of them left out, "
+            f"got [{written}]"
+        )
+    start, stop = int(parts[0] or 0), int(parts[1]) if parts[1] else None
+    if stop is not None and stop <= start:
+        raise InputError(
+            f"document range of {source!s}: [{written}] selects no document; stop must exceed start"
+        )
+    return base, DocumentRange(start, stop)
+
+
+def is_path(source: str | Path) -> bool:
+    """Tell whether a text source, without its document range, is a file or folder that exists.
+
+    Raises
+    ------
+    InputError
+        It looks like a path and nothing is there.
+    """
+    return existing_path(_split_brackets(source)[0]) is not None
+
+
+def _split_brackets(source: str | Path) -> tuple[str | Path, str | None]:
+    """Return the source without the brackets at its end, and what they hold."""
+    match = _RANGE.fullmatch(str(source))
+    if match is None or _exists(source):
+        return source, None
+    base = match["base"]
+    return (Path(base) if isinstance(source, Path) else base), match["range"]
 
 
 def builtin_text(half: Half) -> str:
@@ -72,21 +167,37 @@ def read_documents(source: str | Path, *, half: Half = "calibration") -> tuple[s
         - a folder: its .txt, .raw and .jsonl files at any depth, ordered by path;
         - otherwise a hub data set ``name[:config[:split]]`` (split ``train`` unless given) with a ``text`` column,
           streamed in its own order.
+
+        Behind any of them a range of documents, ``[start:stop]`` as in Python with numbers from 0: ``c4.jsonl[:800]``
+        is its first 800 documents, ``c4.jsonl[800:]`` all others. Documents are counted as they come out, without
+        those left out.
     half
         Half of the built-in text.
 
     Returns
     -------
     name, documents
-        A short name without machine paths, and the documents in order. Documents without a visible character are
-        left out.
+        A short name without machine paths but with the range, and the documents in order. Documents without a visible
+        character are left out.
 
     Raises
     ------
     InputError
-        Nothing there, not UTF-8, a line that is no JSON object with a text, or the hub cannot be reached. Errors in
-        the content come while iterating.
+        Nothing there, not UTF-8, a line that is no JSON object with a text, the hub cannot be reached, or a range
+        beyond the documents there are. Errors in the content, and the last one, come while iterating.
     """
+    base, selected = split_range(source)
+    name, documents = _all_documents(base, half)
+    if selected is None:
+        return name, documents
+    if str(base).endswith(".safetensors"):
+        raise InputError(
+            f"document range {selected} of {name}: token ids have no documents; choose rows by the number of samples"
+        )
+    return f"{name}{selected}", selected.select(documents, name)
+
+
+def _all_documents(source: str | Path, half: Half) -> tuple[str, Iterator[str]]:
     if source == "builtin":
         version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
         name = f"builtin ({half} topics of pydoc_data, Python {version})"
@@ -112,15 +223,22 @@ def existing_path(source: str | Path) -> Path | None:
     """
     text = str(source)
     path = Path(text).expanduser()
-    try:
-        if path.is_file() or path.is_dir():
-            return path
-    except (OSError, ValueError) as error:
-        raise InputError(f"text {text[:80]!r} is not a usable path: {one_line(error)}") from error
+    if _exists(source):
+        return path
     suffixes = (*TEXT_SUFFIXES, ".json", ".md", ".safetensors", ".gz", ".parquet")
     if isinstance(source, Path) or text.startswith(("/", ".", "~")) or path.suffix in suffixes:
         raise InputError(f"text {text!r} does not exist")
     return None
+
+
+def _exists(source: str | Path) -> bool:
+    path = Path(source).expanduser()
+    try:
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"text {str(source)[:80]!r} is not a usable path: {one_line(error)}"
+        ) from error
 
 
 def wikitext_rows(raw: str) -> str:

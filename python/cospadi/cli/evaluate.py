@@ -2,48 +2,119 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cospadi.cli.common import quiet_libraries, set_threads, write_json
+from cospadi.cli.common import quiet_libraries, set_threads, word_list, write_json
+from cospadi.errors import InputError
+
+if TYPE_CHECKING:
+    from cospadi.evaluation.tasks import TaskResults
 
 
 def eval_command(
     model: str = typer.Argument(
         ..., help="Compressed directory, Hugging Face folder, hub id, or GGUF file."
     ),
-    text: str = typer.Option(
-        ..., help="Text, JSON-lines or token file, or 'builtin' for the held-out half."
+    text: str | None = typer.Option(
+        None,
+        help="Measure perplexity on a text, JSON-lines or token file, or 'builtin' for the held-out half.",
     ),
     context: int = typer.Option(1024, help="Tokens per window."),
     windows: int | None = typer.Option(None, help="Use only the first N windows."),
     batch_size: int = typer.Option(1, help="Windows per forward pass."),
+    tasks: str | None = typer.Option(
+        None,
+        help="Measure zero-shot accuracy on comma-separated tasks of lm-evaluation-harness, for example piqa,arc_easy.",
+    ),
+    task_data: Path | None = typer.Option(
+        None,
+        help="Folder with <task>_<split>.jsonl files such as piqa_validation.jsonl; no network then [the hub].",
+    ),
+    limit: int | None = typer.Option(None, help="Use only the first N items of each task."),
+    task_batch_size: int = typer.Option(8, help="Task requests per forward pass."),
     dtype: str = typer.Option("float32", help="Compute in bfloat16, float16 or float32."),
     threads: int | None = typer.Option(None, help="Threads; all cores by default."),
     json_out: Path | None = typer.Option(
         None, "--json", help="Write the result as JSON; - for stdout."
     ),
 ) -> None:
-    """Perplexity of a model, dense or compressed, under one pinned protocol.
+    """Perplexity and zero-shot accuracy of a model, dense or compressed, under pinned protocols.
 
-    One tokenisation of the whole text, non-overlapping windows, tail dropped, fp32 loss, token-weighted mean; a
-    non-finite window is an error.
+    Perplexity: one tokenisation of the whole text, non-overlapping windows, tail dropped, fp32 loss, token-weighted
+    mean; a non-finite window is an error. Tasks: the definitions of the installed lm-evaluation-harness, no examples
+    in the prompt, no chat template; normalised accuracy where a task defines it.
     """
     quiet_libraries()
     set_threads(threads)
-    from cospadi.evaluation.perplexity import evaluate_perplexity, tokenize_text
+    if text is None and tasks is None:
+        raise InputError("eval: nothing to measure: give --text, --tasks, or both")
+    if tasks is None and (task_data is not None or limit is not None):
+        raise InputError("eval: --task-data and --limit belong to --tasks, which is missing")
+    names = word_list("--tasks", tasks) if tasks is not None else []
+    if names:
+        from cospadi.evaluation.tasks import check_tasks
+
+        check_tasks(names, data_dir=task_data)
     from cospadi.pipeline.open_model import open_model
 
     opened, tokenizer = open_model(model, dtype=dtype)
-    ids = tokenize_text(tokenizer, text)
-    result = evaluate_perplexity(
-        opened, ids, context=context, windows=windows, batch_size=batch_size
-    )
-    data = result.to_dict() | {"model": model, "text": text}
-    write_json(json_out, data)
-    if str(json_out) != "-":
-        typer.echo(
-            f"perplexity {result.perplexity:.4f}  nll/token {result.nll_per_token:.5f}  "
-            f"{result.windows} windows of {result.context}  {result.seconds:.0f} s"
+    data: dict[str, Any] = {"model": model}
+    quiet = str(json_out) == "-"
+    if text is not None:
+        from cospadi.evaluation.perplexity import evaluate_perplexity, tokenize_text
+
+        ids = tokenize_text(tokenizer, text)
+        perplexity = evaluate_perplexity(
+            opened, ids, context=context, windows=windows, batch_size=batch_size
         )
+        data |= perplexity.to_dict() | {"text": text}
+        if not quiet:
+            typer.echo(
+                f"perplexity {perplexity.perplexity:.4f}  nll/token {perplexity.nll_per_token:.5f}  "
+                f"{perplexity.windows} windows of {perplexity.context}  {perplexity.seconds:.0f} s"
+            )
+    if names:
+        from cospadi.evaluation.tasks import evaluate_tasks
+
+        results = evaluate_tasks(
+            opened,
+            tokenizer,
+            names,
+            data_dir=task_data,
+            limit=limit,
+            batch_size=task_batch_size,
+            progress=_show_progress if sys.stderr.isatty() else None,
+        )
+        data |= results.to_dict()
+        if not quiet:
+            _print_tasks(results)
+    write_json(json_out, data)
+
+
+def _show_progress(task: str, finished: int, total: int) -> None:
+    """Redraw one line of a terminal, and clear it at the end."""
+    line = f"{task}: {finished} of {total} requests" if finished < total else ""
+    typer.echo(f"\r\x1b[K{line}", nl=False, err=True)
+
+
+def _print_tasks(results: TaskResults) -> None:
+    for name, result in results.tasks.items():
+        typer.echo(
+            f"{name}  {result.metric} {_with_error(result.value, result.stderr)}  "
+            f"acc {result.acc:.4f}  {result.items} of {result.items_available} items  {result.seconds:.0f} s"
+        )
+        if result.perplexity is not None:
+            typer.echo(f"{name}  perplexity of the answers {result.perplexity:.4f}")
+        for warning in result.warnings:
+            typer.echo(f"{name}  harness warning: {warning}", err=True)
+    if len(results.tasks) > 1:
+        average = _with_error(results.average, results.average_stderr)
+        typer.echo(f"average of {len(results.tasks)} tasks  {average}")
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f} ± {'?' if stderr is None else format(stderr, '.4f')}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cospadi.calibration.data import encode
 from cospadi.calibration.ids import check_ids, ids_sha256, read_ids
-from cospadi.calibration.text import existing_path, read_documents
+from cospadi.calibration.text import existing_path, is_path, read_documents
 from cospadi.errors import CospadiError, InputError
 from cospadi.versions import versions
 
@@ -83,6 +83,8 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, path_or_text: str | Path) 
         - any other file: as it is; a folder: its documents joined by a blank line;
         - a ``.safetensors`` file with token ids (tensor ``evaluation`` or ``test``, or the only one), flattened;
         - ``"builtin"``: the evaluation half of the built-in text;
+        - any of these but token ids with a range of documents behind it, ``c4.jsonl[800:]``
+          (`cospadi.calibration.text.read_documents`);
         - a string with a line break, or with a space and nothing of a path about it: the text itself.
 
     Returns
@@ -113,8 +115,8 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, path_or_text: str | Path) 
 def _is_literal(source: str) -> bool:
     if "\n" in source or len(source) > _LONGEST_PATH:
         return True
-    # a path with a spelling mistake must not be evaluated as text: `existing_path` raises for what looks like one
-    return " " in source and existing_path(source) is None
+    # a path with a spelling mistake must not be evaluated as text: `is_path` raises for what looks like one
+    return " " in source and not is_path(source)
 
 
 def evaluate_perplexity(
