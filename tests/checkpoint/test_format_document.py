@@ -10,8 +10,10 @@ import pytest
 import torch
 from compressed_models import FAMILIES, write_tiny
 
+from cospadi import native
 from cospadi.checkpoint.format import _OPTIONAL, _REQUIRED, CospadiConfigData
 from cospadi.checkpoint.reader import read_checkpoint
+from cospadi.factor import COEFFS_DTYPES, DICTIONARY_DTYPES, PARTS
 
 DOCUMENT = (Path(__file__).parents[2] / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -30,13 +32,16 @@ def read_dense():
 
 def test_example_config_is_valid():
     data = CospadiConfigData.parse(json.loads(block("json")))
-    assert data.values_ratio() == pytest.approx(data.ratio["values"], abs=5e-4)
-    assert data.stored_ratio() == pytest.approx(data.ratio["stored"], abs=5e-4)
+    assert data.removed_shares() == pytest.approx(data.ratio, abs=5e-4)
 
 
 def test_every_key_is_documented():
     for key in (*_REQUIRED, *_OPTIONAL):
         assert f"`{key}`" in DOCUMENT, key
+    for key in (*COEFFS_DTYPES, *DICTIONARY_DTYPES):
+        assert f'`"{key}"`' in DOCUMENT, key
+    for part in PARTS:
+        assert f"`M.{part}`" in DOCUMENT, part
 
 
 def compare(folder, read_dense):
@@ -50,6 +55,24 @@ def compare(folder, read_dense):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reader_of_the_document_reads(stored, read_dense, family):
     compare(stored[family], read_dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reader_of_the_document_reads_every_kind(varied, read_dense, family):
+    compare(varied[family], read_dense)
+
+
+def test_the_reader_of_the_document_reads_version_1(copied, read_dense):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    (copied / "config.json").write_text(json.dumps(config))
+    compare(copied, read_dense)
+
+
+def test_packing_example():
+    packed = native.pack_fields(torch.tensor([[1, -2, 7]], dtype=torch.int32), 4)
+    text = bytes(packed.flatten().tolist()).hex(" ")
+    assert f"integers 1, -2, 7:\nbytes `{text}`" in DOCUMENT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from compressed_models import logits
@@ -27,6 +28,11 @@ ODD_VALUES = (
     "x",
     "../x",
     "float32",
+    "bfloat14",
+    "int8",
+    "int4",
+    "full",
+    "model.layers.0.mlp.gate_proj",
     "\x00",
     [],
     {},
@@ -94,9 +100,21 @@ def outcome(action) -> dict | None:
         return None
 
 
+@pytest.fixture(params=["plain", "every kind"])
+def source(request, stored, varied):
+    """The folder of a checkpoint that must not be changed."""
+    return (stored if request.param == "plain" else varied)["llama"]
+
+
 @pytest.fixture
-def original(stored):
-    return read_everything(stored["llama"])
+def copied(source, tmp_path):
+    """A copy of it to damage."""
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+@pytest.fixture
+def original(source):
+    return read_everything(source)
 
 
 def test_config_values(copied, original):
@@ -112,6 +130,56 @@ def test_config_values(copied, original):
         seen[found is None] += 1
         assert found is None or found == original
     assert min(seen) > 20  # both outcomes were exercised
+
+
+def test_values_of_one_module(copied, original):
+    """Several keys of a module at once, so that mutations meet which are plausible together."""
+    rng = random.Random(7)
+    text = (copied / "config.json").read_text()
+    keys = ("n_atoms", "n_identity", "sparsity", "coeffs_group", "dictionary", "support")
+    keys += ("coeffs_dtype", "dictionary_dtype")
+    seen = [0, 0]
+    for _ in range(400):
+        config = json.loads(text)
+        modules = config["quantization_config"]["modules"]
+        name, other = rng.choices(list(modules), k=2)
+        for key in rng.sample(keys, rng.randint(1, 4)):
+            value = modules[other].get(key, rng.choice((0, 4, 8, 32, other)))
+            modules[name][key] = value
+        (copied / "config.json").write_text(json.dumps(config))
+        found = outcome(lambda: read_everything(copied))
+        seen[found is None] += 1
+        assert found is None or found == original
+    assert min(seen) > 5
+
+
+def test_tensor_values(copied, original):
+    """Damaged values are refused, or decode to finite weights."""
+    rng = random.Random(8)
+    path = copied / SINGLE_FILE
+    source = path.read_bytes()
+    checkpoint = read_checkpoint(copied)
+    infos = [
+        info
+        for name, info in checkpoint.tensors.items()
+        if name in checkpoint.data.expected_tensors() and info.nbytes
+    ]
+
+    def weights() -> dict:
+        checkpoint = read_checkpoint(copied)
+        return {n: checkpoint.factor(n).dense_weight() for n in checkpoint.data.modules}
+
+    seen = [0, 0]
+    for _ in range(150):
+        data = bytearray(source)
+        info = rng.choice(infos)
+        for _ in range(rng.randint(1, 3)):
+            data[info.offset + rng.randrange(info.nbytes)] = rng.choice((0, 0x7F, 0x80, 0xFF))
+        path.write_bytes(data)
+        found = outcome(weights)
+        seen[found is None] += 1
+        assert found is None or all(w.isfinite().all() for w in found.values())
+    assert min(seen) > 5
 
 
 def test_config_bytes(copied, original):
@@ -157,11 +225,11 @@ def test_index_bytes(copied, original):
         assert found is None or found == original
 
 
-def test_loading_mutated_configs(copied, stored):
+def test_loading_mutated_configs(copied, source):
     """The whole way through transformers, whose own reading of the config may fail in any manner."""
     rng = random.Random(5)
     text = (copied / "config.json").read_text()
-    expected = logits(cospadi.load(stored["llama"])[0]).shape
+    expected = logits(cospadi.load(source)[0]).shape
 
     def load_and_run():
         model, _ = cospadi.load(copied)
@@ -183,14 +251,14 @@ def test_loading_mutated_configs(copied, stored):
     assert expected[-1] == 61
 
 
-def test_loading_mutated_weights(copied, stored):
+def test_loading_mutated_weights(copied, source):
     rng = random.Random(6)
     path = copied / SINGLE_FILE
-    source = path.read_bytes()
+    whole = path.read_bytes()
     for turn in range(40):
-        data = bytearray(source)
-        mutate_bytes(rng, data, 8 + int.from_bytes(source[:8], "little") if turn % 2 else 10**9)
+        data = bytearray(whole)
+        mutate_bytes(rng, data, 8 + int.from_bytes(whole[:8], "little") if turn % 2 else 10**9)
         path.write_bytes(data)
         outcome(lambda: {} if cospadi.load(copied) else None)
-    shutil.copy(stored["llama"] / SINGLE_FILE, path)
+    shutil.copy(source / SINGLE_FILE, path)
     cospadi.load(copied)

@@ -7,9 +7,11 @@ import torch
 from compressed_models import (
     FAMILIES,
     compress_randomly,
+    compress_variously,
     dense_model,
     logits,
     token_ids,
+    varied_factors,
     write_tiny,
 )
 from safetensors.torch import load_file, save_file
@@ -51,6 +53,36 @@ def test_loaded_model_computes_what_was_compressed(stored, family):
     assert not any(p.requires_grad for layer in layers.values() for p in layer.parameters())
     # the kernel takes coefficients as they are stored
     assert {m.coeffs.dtype for m in layers.values() if m.mask is not None} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_of_every_kind_computes_what_was_compressed(varied, family):
+    model, _ = cospadi.load(varied[family], dtype=torch.float32)
+    source = compress_variously(dense_model(family, n_layers=3))
+    for parameter in source.parameters():  # as in the file; the factors are exact already
+        parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+    torch.testing.assert_close(logits(model), logits(source), **FLOAT32_TOLERANCE)
+    # and against dense layers that no kernel has touched
+    dense = dense_model(family, n_layers=3)
+    for name, factor in varied_factors(dense)[0].items():
+        layer, weight = dense.get_submodule(name), factor.dense_weight()
+        layer.weight.data = weight.t() if family == "gpt2" else weight
+        if factor.bias is not None:
+            layer.bias.data = factor.bias.float()
+    for name, parameter in dense.named_parameters():
+        if name not in {f"{n}.weight" for n in compressed_modules(source)}:
+            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_export_of_every_kind(varied, tmp_path, family):
+    folder = export_dense(varied[family], tmp_path / "dense", torch.float32)
+    dense, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert not compressed_modules(dense)
+    compressed, _ = cospadi.load(varied[family], dtype=torch.float32)
+    torch.testing.assert_close(logits(dense), logits(compressed), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,12 +155,14 @@ def test_generates(stored):
             assert out[0, position] == logits(model, out[:, :position])[0, -1].argmax()
 
 
-def test_loaded_model_can_be_written_again(stored, tmp_path):
-    model, tokenizer = cospadi.load(stored["gpt2"], dtype=torch.float32)
+@pytest.mark.parametrize("source", ["stored", "varied"])
+def test_loaded_model_can_be_written_again(request, tmp_path, source):
+    folder = request.getfixturevalue(source)["gpt2"]
+    model, tokenizer = cospadi.load(folder, dtype=torch.float32)
     data = describe_modules(model, dtype=torch.bfloat16)
     write_checkpoint(model, tokenizer, data, tmp_path / "again")
     assert model.hf_quantizer is not None
-    first = load_file(stored["gpt2"] / "model.safetensors")
+    first = load_file(folder / "model.safetensors")
     second = load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 import torch
-from compressed_models import compress_randomly, dense_model, write_tiny
+from compressed_models import (
+    FAMILIES,
+    compress_randomly,
+    dense_model,
+    varied_factors,
+    write_tiny,
+    write_varied,
+)
 from safetensors.torch import load_file, save_file
 
 from cospadi.checkpoint.reader import INDEX_FILE, SINGLE_FILE, read_checkpoint
@@ -42,14 +49,117 @@ def test_reads_the_factors_that_were_written(stored):
         assert checkpoint.file_bytes == (folder / SINGLE_FILE).stat().st_size
 
 
-def test_sharded_checkpoint(tmp_path):
-    folder = write_tiny(tmp_path / "sharded", max_shard_size=6000)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_every_kind_that_was_written(varied, family):
+    checkpoint = read_checkpoint(varied[family])
+    factors, leaders = varied_factors(dense_model(family, n_layers=3))
+    assert checkpoint.data.modules.keys() == factors.keys()
+    for name, expected in factors.items():
+        factor, entry = checkpoint.factor(name), checkpoint.data.modules[name]
+        assert factor.spec == expected.spec == entry.spec
+        assert entry.leader == leaders.get(name)
+        assert factor.tensors().keys() == expected.tensors().keys()
+        for part, tensor in expected.tensors().items():
+            assert torch.equal(factor.tensors()[part], tensor), (name, part)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accounting_is_exact_to_the_byte(varied, family):
+    checkpoint = read_checkpoint(varied[family])
+    total = 0
+    for name, entry in checkpoint.data.modules.items():
+        parts = {
+            part: info.nbytes
+            for full_name, info in checkpoint.tensors.items()
+            if full_name.rpartition(".")[0] == name and (part := full_name.rpartition(".")[2])
+        }
+        parts.pop("bias", None)
+        assert entry.spec.stored_bytes == sum(parts.values())
+        assert 8 * parts.get("mask", 0) == entry.spec.mask_bits
+        assert (entry.leader is not None) <= ("dictionary" not in parts)
+        total += sum(parts.values())
+    assert checkpoint.data.stored_bits() == 8 * total
+    dense = sum(2 * e.spec.d_in * e.spec.d_out for e in checkpoint.data.modules.values())
+    assert checkpoint.data.stored_ratio() == pytest.approx(1 - total / dense)
+
+
+@pytest.mark.parametrize("write", [write_tiny, write_varied])
+def test_sharded_checkpoint(tmp_path, write):
+    folder = write(tmp_path / "sharded", max_shard_size=6000)
     checkpoint = read_checkpoint(folder)
     assert len(checkpoint.files) > 3
-    single = read_checkpoint(write_tiny(tmp_path / "single"))
+    single = read_checkpoint(write(tmp_path / "single"))
     assert checkpoint.tensors.keys() == single.tensors.keys()
     for name in single.tensors:
         assert torch.equal(checkpoint.tensor(name), single.tensor(name))
+    for name in single.data.modules:
+        ours, theirs = checkpoint.factor(name), single.factor(name)
+        assert torch.equal(ours.dense_weight(), theirs.dense_weight())
+
+
+def test_value_errors_name_the_shard_of_the_leader(tmp_path):
+    folder = write_varied(tmp_path / "sharded", max_shard_size=3000)
+    checkpoint = read_checkpoint(folder)
+    apart = {
+        name: checkpoint.tensors[f"{entry.leader}.dictionary"].file
+        for name, entry in checkpoint.data.modules.items()
+        if entry.leader is not None and entry.spec.dictionary_dtype == "bfloat16"
+    }
+    name, file = next(
+        (name, file)
+        for name, file in apart.items()
+        if file != checkpoint.tensors[f"{name}.coeffs"].file
+    )
+    leader = checkpoint.data.modules[name].leader
+    tensors = load_file(file)
+    tensors[f"{leader}.dictionary"].fill_(torch.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{file.name}: {leader}.dictionary: holds a value"):
+        read_checkpoint(folder).factor(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m, g: m["0.mlp.up_proj"].update(dictionary="x"), "'x' is no compressed module"),
+        (lambda m, g: m["0.mlp.up_proj"].pop("dictionary"), "groups: contradicts the modules"),
+        (lambda m, g: g.clear(), "groups: contradicts the modules"),
+        (lambda m, g: m["0.mlp.up_proj"].update(n_atoms=20), "n_atoms is 20 here and 21 in"),
+        (
+            lambda m, g: m["2.self_attn.o_proj"].update(n_identity=0),
+            "n_atoms: expected at least 1 without identity atoms",
+        ),
+        (
+            lambda m, g: m["1.mlp.up_proj"].update(n_identity=0),
+            "sparsity: 9 exceeds the 5 atoms",
+        ),
+        (
+            lambda m, g: m["0.mlp.up_proj"].update(coeffs_group=3),
+            r"0.mlp.up_proj.coeffs_scale: expected bfloat16 \[44, 3\], got bfloat16 \[44, 2\]",
+        ),
+        (
+            lambda m, g: m["2.self_attn.q_proj"].update(coeffs_dtype="int4"),
+            r"2.self_attn.q_proj.coeffs: expected uint8 \[32, 16\], got uint8 \[32, 12\]",
+        ),
+        (
+            lambda m, g: m["0.self_attn.v_proj"].update(coeffs_dtype="int8"),
+            r"0.self_attn.v_proj.coeffs: expected uint8 \[16, 9\], got uint8 \[16, 16\]",
+        ),
+        (
+            lambda m, g: m["0.mlp.gate_proj"].update(coeffs_dtype="bfloat14", coeffs_group=0),
+            r"0.mlp.gate_proj.coeffs: expected uint8 \[44, 16\]",
+        ),
+    ],
+)
+def test_config_that_contradicts_itself_or_the_tensors(copied_varied, change, words):
+    def edit(config):
+        data = config["quantization_config"]
+        short = {name.removeprefix("model.layers."): m for name, m in data["modules"].items()}
+        change(short, data["groups"])
+
+    edit_config(copied_varied, edit)
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(copied_varied)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed_models import compress_randomly, dense_model, logits, tiny_tokenizer, write_tiny
+from compressed_models import (
+    compress_randomly,
+    compress_variously,
+    dense_model,
+    logits,
+    tiny_tokenizer,
+    varied_factors,
+    write_tiny,
+)
 from safetensors.torch import load_file
 
 from cospadi.checkpoint import atomic
@@ -180,6 +188,45 @@ def test_config_data_must_describe_the_model(tmp_path, model):
         write_checkpoint(model, None, wrong, tmp_path / "out")
     with pytest.raises(InputError, match="no compressed layer"):
         describe_modules(dense_model("llama"))
+
+
+def test_config_data_must_describe_every_kind(tmp_path):
+    model = compress_variously(dense_model("llama", n_layers=3))
+    member, leader = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
+
+    def refused(words: str, kind=InputError, spec: dict | None = None, **changes):
+        data = describe(model)
+        entry = data.modules[member]
+        entry = replace(entry, spec=replace(entry.spec, **(spec or {})), **changes)
+        data.modules[member] = entry
+        with pytest.raises(kind, match=words):
+            write_checkpoint(model, None, data, tmp_path / "out")
+
+    refused("coeffs_dtype is int4 in the model and int5 in", spec={"coeffs_dtype": "int5"})
+    refused("floating point in config_data", spec={"coeffs_dtype": "bfloat16", "coeffs_group": 0})
+    refused("coeffs_group is 4 in the model and 8 in config_data", spec={"coeffs_group": 8})
+    other = "model.layers.0.mlp.down_proj"
+    refused("d_in is 32 here and 44 in", CheckpointError, leader=other)
+    refused(f"{member}.dictionary: 'x' is no compressed module", CheckpointError, leader="x")
+    refused(
+        f"dictionary_dtype is float16 here and bfloat16 in {leader}",
+        CheckpointError,
+        spec={"dictionary_dtype": "float16"},
+    )
+    assert list(tmp_path.iterdir()) == []
+    write_checkpoint(model, None, describe(model), tmp_path / "out")
+
+
+def test_the_types_asked_for_hold_for_floats_only(tmp_path):
+    model = compress_variously(dense_model("llama", n_layers=3))
+    data = describe(model, torch.float16)
+    folder = write_checkpoint(model, None, data, tmp_path / "out", dtype=torch.float16)
+    checkpoint = read_checkpoint(folder)
+    factors, _ = varied_factors(dense_model("llama", n_layers=3))
+    for name, factor in factors.items():
+        expected = factor.to(torch.float16)
+        for part, tensor in expected.tensors().items():
+            assert torch.equal(checkpoint.factor(name).tensors()[part], tensor), (name, part)
 
 
 def test_refuses_values_that_are_not_finite(tmp_path, model):

@@ -85,7 +85,7 @@ def test_inspect_json(compressed, cli):
     code, stdout, _ = cli("inspect", out, "--json", "-")
     assert code == 0
     data = json.loads(stdout)
-    assert set(data["ratio"]["linears"]) == {"values", "stored", "file"}
+    assert set(data["ratio"]["linears"]) == {"values", "mask16", "mask14", "stored", "file"}
     module = data["modules"]["model.layers.0.mlp.up_proj"]
     assert module["d_in"] == 64 and module["relative_error"] > 0
     code, stdout, _ = cli("inspect", out)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -58,11 +60,13 @@ def test_importing_cospadi_stays_light():
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("source", ["stored", "varied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_save_pretrained_is_bit_exact(stored, tmp_path, family):
-    model = load(stored[family])
+def test_save_pretrained_is_bit_exact(request, tmp_path, family, source):
+    folder = request.getfixturevalue(source)[family]
+    model = load(folder)
     model.save_pretrained(tmp_path / "again")
-    first = load_file(stored[family] / "model.safetensors")
+    first = load_file(folder / "model.safetensors")
     second = load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -70,17 +74,65 @@ def test_save_pretrained_is_bit_exact(stored, tmp_path, family):
         assert torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8)), name
     configs = [
         json.loads((folder / "config.json").read_text())["quantization_config"]
-        for folder in (stored[family], tmp_path / "again")
+        for folder in (folder, tmp_path / "again")
     ]
     assert configs[0] == configs[1]
     read_checkpoint(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
-def test_sharded_save(stored, tmp_path):
-    load(stored["llama"]).save_pretrained(tmp_path, max_shard_size=7000)
-    assert len(read_checkpoint(tmp_path).files) > 3
-    assert torch.equal(logits(load(tmp_path)), logits(load(stored["llama"])))
+@pytest.mark.parametrize("source", ["stored", "varied"])
+def test_sharded_save(request, tmp_path, source):
+    folder = request.getfixturevalue(source)["llama"]
+    load(folder).save_pretrained(tmp_path, max_shard_size=7000)
+    checkpoint = read_checkpoint(tmp_path)
+    assert len(checkpoint.files) > 3
+    assert torch.equal(logits(load(tmp_path)), logits(load(folder)))
+    apart = [
+        name
+        for name, entry in checkpoint.data.modules.items()
+        if entry.leader is not None
+        and checkpoint.tensors[f"{entry.leader}.dictionary"].file
+        != checkpoint.tensors[f"{name}.coeffs"].file
+    ]
+    assert bool(apart) == (source == "varied")  # a leader and its member in different shards
+    for name in checkpoint.data.modules:
+        checkpoint.factor(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_packed_tensors_survive_other_types(varied, tmp_path, dtype):
+    first = load_file(varied["llama"] / "model.safetensors")
+    loaded = load(varied["llama"], dtype=dtype)
+    cast = load(varied["llama"]).to(dtype)
+    for model, name in ((loaded, "loaded"), (cast, "cast")):
+        model.save_pretrained(tmp_path / name)
+        again = load_file(tmp_path / name / "model.safetensors")
+        assert again.keys() == first.keys()
+        n_kept = 0
+        for key, tensor in first.items():
+            is_kept = not tensor.is_floating_point() or key.endswith("_scale")
+            n_kept += is_kept
+            assert not is_kept or torch.equal(tensor, again[key]), key
+        assert n_kept > 30
+        assert read_checkpoint(tmp_path / name).data.groups
+        if model is loaded:  # a cast model has rotary frequencies of the new type, too
+            assert torch.equal(logits(load(tmp_path / name)), logits(model))
+
+
+def test_shared_dictionaries_are_one_tensor(varied):
+    model = load(varied["llama"])
+    data = model.hf_quantizer.data
+    assert data.groups
+    layers = compressed_modules(model)
+    for leader, members in data.groups.items():
+        for name in members:
+            assert layers[name].leader is layers[leader]
+            assert f"{name}.dictionary" not in model.state_dict()
+    clone = copy.deepcopy(model)
+    for name, layer in compressed_modules(clone).items():
+        assert layer.leader in compressed_modules(clone).values(), name
+    assert torch.equal(logits(clone), logits(model))
 
 
 def test_changed_type_is_recorded_on_save(stored, tmp_path):
@@ -100,11 +152,13 @@ def test_float16(stored):
     assert (logits(model) - reference).norm() < 0.01 * reference.norm()
 
 
+@pytest.mark.parametrize("source", ["stored", "varied"])
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_maps(stored, device_map):
+def test_device_maps(request, device_map, source):
     pytest.importorskip("accelerate")
-    model = load(stored["qwen2"], device_map=device_map, dtype=torch.float32)
-    assert torch.equal(logits(model), logits(load(stored["qwen2"], dtype=torch.float32)))
+    folder = request.getfixturevalue(source)["qwen2"]
+    model = load(folder, device_map=device_map, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(load(folder, dtype=torch.float32)))
 
 
 def test_refuses_disk(stored, tmp_path):
@@ -140,16 +194,32 @@ def test_headless_model(stored, tmp_path):
     assert "layers.0.mlp.up_proj" in read_checkpoint(tmp_path).data.modules
 
 
+def test_headless_model_with_shared_dictionaries(varied, tmp_path):
+    model = AutoModel.from_pretrained(varied["llama"], dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    groups = read_checkpoint(varied["llama"]).data.groups
+    assert read_checkpoint(tmp_path).data.groups == {
+        leader.removeprefix("model."): [name.removeprefix("model.") for name in members]
+        for leader, members in groups.items()
+    }
+    whole = load(varied["llama"], dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model(token_ids()).last_hidden_state
+        torch.testing.assert_close(whole.lm_head(hidden), logits(whole))
+
+
+@pytest.mark.parametrize("source", ["stored", "varied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dequantize(stored, family):
-    model = load(stored[family], dtype=torch.float32)
+def test_dequantize(request, family, source):
+    model = load(request.getfixturevalue(source)[family], dtype=torch.float32)
     before = logits(model)
     model.dequantize()
     assert not compressed_modules(model)
     assert not hasattr(model.config, "quantization_config")
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    n_layers = model.config.num_hidden_layers
     assert {name for name, _ in model.named_parameters()} == {
-        name for name, _ in dense_model(family).named_parameters()
+        name for name, _ in dense_model(family, n_layers=n_layers).named_parameters()
     }
 
 
@@ -163,8 +233,9 @@ def test_dense_module_matches_layer(stored):
             )
 
 
-def test_compiles_in_one_graph(stored):
-    model = load(stored["llama"], dtype=torch.float32)
+@pytest.mark.parametrize("source", ["stored", "varied"])
+def test_compiles_in_one_graph(request, source):
+    model = load(request.getfixturevalue(source)["llama"], dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     with torch.no_grad():
         for shape in ((2, 7), (1, 5)):
@@ -223,6 +294,66 @@ def test_damage_is_an_error(copied, change, words):
     for options in ({}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(CheckpointError, match=f"{MODULE}.{words}"):
             load(copied, **options)
+
+
+def test_missing_parts_of_other_kinds(varied, tmp_path):
+    checkpoint = read_checkpoint(varied["llama"])
+    by_part = {}
+    for name, entry in checkpoint.data.modules.items():
+        for part in entry.tensors():
+            by_part[part] = f"{name}.{part}"
+    assert by_part.keys() == {
+        "dictionary",
+        "dictionary_scale",
+        "mask",
+        "coeffs",
+        "coeffs_scale",
+        "weight",
+    }
+    for number, name in enumerate(by_part.values()):
+        folder = shutil.copytree(varied["llama"], tmp_path / str(number))
+        edit_tensors(folder, lambda t, name=name: t.pop(name))
+        with pytest.raises(CheckpointError, match=f"{name}: missing"):
+            load(folder)
+
+
+LAYERS = "model.layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        # an int8 dictionary, its member, int4, int5, int3 and bfloat14 coefficients
+        ("0.self_attn.v_proj.dictionary", lambda t: t[2, 3].fill_(-128), "row 2 holds -128"),
+        ("0.self_attn.v_proj.dictionary_scale", lambda t: t[1].fill_(-1), "holds a scale that is"),
+        ("0.self_attn.v_proj.dictionary_scale", lambda t: t[1].fill_(torch.inf), "holds a value"),
+        ("0.mlp.gate_proj.coeffs_scale", lambda t: t[1].zero_(), "holds a scale that is not pos"),
+        ("0.mlp.up_proj.coeffs", lambda t: t[5, 1].fill_(0x81), "row 5 holds -8"),
+        ("0.mlp.up_proj.coeffs", lambda t: t[5, -1].fill_(0x11), "row 5 has a padding bit set"),
+        ("1.self_attn.o_proj.coeffs", lambda t: t[3, -1].bitwise_or_(0x80), "row 3 has a padding"),
+        ("2.self_attn.q_proj.coeffs", lambda t: t[0, 0].fill_(4), "row 0 holds -4"),
+        ("1.self_attn.v_proj.coeffs", lambda t: t[0, :2].fill_(0xFF), "holds a value that is not"),
+        ("1.self_attn.o_proj.mask", lambda t: t[0].zero_(), "row 0 selects 0 atoms, expected 9"),
+        ("2.self_attn.o_proj.coeffs", lambda t: t[0].fill_(torch.nan), "holds a value that is not"),
+    ],
+)
+def test_damage_to_other_kinds_is_an_error(copied_varied, name, change, words):
+    edit_tensors(copied_varied, lambda t: change(t[f"{LAYERS}.{name}"]))
+    with pytest.raises(CheckpointError, match=f"{LAYERS}.{name}: {words}"):
+        load(copied_varied)
+    checkpoint = read_checkpoint(copied_varied)
+    module = f"{LAYERS}.{name.rpartition('.')[0]}"
+    users = [module, *checkpoint.data.groups.get(module, [])]
+    for user in users if "dictionary" in name else [module]:
+        with pytest.raises(CheckpointError, match=f"model.safetensors: {LAYERS}.{name}: {words}"):
+            checkpoint.factor(user)
+
+
+def test_members_have_no_dictionary(copied_varied):
+    name = f"{LAYERS}.0.mlp.up_proj.dictionary"
+    edit_tensors(copied_varied, lambda t: t.update({name: torch.ones(32, 21).bfloat16()}))
+    with pytest.raises(CheckpointError, match=f"{name}: not part of the compressed module"):
+        load(copied_varied)
 
 
 def load_state(folder, state):

@@ -1,4 +1,4 @@
-"""Fitting one weight: low-rank optimality, the alternation, the refit, the reported errors."""
+"""Fitting weights to stored factors: reported errors, shared dictionaries, storage types."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import torch
 
 from cospadi.errors import FitError, InputError
 from cospadi.learn.budget import low_rank_size, sparse_size
-from cospadi.learn.fit import fit_low_rank, fit_module
-from cospadi.learn.init import initial_atoms, signal_svd
-from cospadi.learn.learner import learn
+from cospadi.learn.fit import FitInput, FitSettings, fit
+from cospadi.learn.methods import FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.refit import refit_coefficients
+from cospadi.learn.quantize import StorageTypes
 from cospadi.learn.whitening import identity_whitening, relative_error, whiten_gram
 
 
@@ -23,153 +22,93 @@ def problem(d_in: int = 48, d_out: int = 72, seed: int = 0):
     return weight, x.T @ x / 600
 
 
-@pytest.mark.parametrize(("n", "d"), [(30, 12), (12, 30), (20, 20), (1, 5)])
-def test_svd_reconstructs_and_equals_lapack(n, d):
-    signals = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    svd = signal_svd(signals)
-    torch.testing.assert_close(svd.left * svd.values @ svd.right, signals)
-    torch.testing.assert_close(svd.values, torch.linalg.svdvals(signals), rtol=1e-9, atol=1e-9)
+def item(weight, gram, *, name="layer", data_free=False):
+    whitening = identity_whitening(gram.shape[0]) if data_free else whiten_gram(gram, name)
+    return FitInput(name, weight, None, gram, whitening)
 
 
-def test_low_rank_error_is_the_sum_of_dropped_singular_values():
-    weight, gram = problem()
-    whitening = whiten_gram(gram, "layer")
-    rank = low_rank_size(48, 72, 0.3)
-    dictionary, coeffs = fit_low_rank(weight, whitening, rank)
-    dropped = torch.linalg.svdvals(whitening.whiten(weight))[rank:].square().sum()
-    signals = whitening.whiten(weight)
-    error = (signals - whitening.whiten(coeffs @ dictionary.T)).square().sum()
-    assert float(error) == pytest.approx(float(dropped), rel=1e-6)
-
-
-def test_plain_svd_is_the_whitened_one_with_identity():
-    weight, _ = problem()
-    dictionary, coeffs = fit_low_rank(weight, identity_whitening(48), 11)
-    left, values, right = torch.linalg.svd(weight.double())
-    torch.testing.assert_close(coeffs @ dictionary.T, left[:, :11] * values[:11] @ right[:11])
-
-
-@pytest.mark.parametrize("init", ["svd", "columns", "random"])
-@pytest.mark.parametrize("n_atoms", [5, 20, 33])
-def test_initial_atoms_are_unit_and_reproducible(init, n_atoms):
-    signals = torch.randn(24, 20)
-    signals[3] = 0.0
-    atoms = initial_atoms(signals, n_atoms, init, seed=1)
-    torch.testing.assert_close(atoms.norm(dim=1), torch.ones(n_atoms))
-    assert torch.equal(atoms, initial_atoms(signals, n_atoms, init, seed=1))
-
-
-@pytest.mark.parametrize("solver", ["omp", "ormp"])
-@pytest.mark.parametrize("init", ["svd", "columns"])
-def test_alternation_lowers_the_error_and_beats_the_svd(solver, init):
-    weight, gram = problem()
-    signals = whiten_gram(gram, "layer").whiten(weight).float()
-    options = LearnOptions(
-        solver=solver, init=init, iterations=6, block_size=1, sweeps=1, tolerance=0.0
+def settings(method, size, *, dtype="bfloat16", coeffs=None, iterations=3, **rest):
+    return FitSettings(
+        method=method,
+        size=FactorSize(0, *size),
+        types=StorageTypes(dtype, coeffs or dtype),
+        options=LearnOptions(iterations=iterations),
+        **rest,
     )
-    result = learn(signals, 32, 16, options)
-    errors = [step.error_after_update for step in result.history]
-    assert len(errors) == 6
-    assert all(
-        step.error_after_update <= step.error_after_coding * (1 + 1e-5) for step in result.history
-    )
-    assert errors[-1] < errors[0]
-    reconstruction = (
-        torch.zeros(72, 32).scatter_(1, result.indices.long(), result.coeffs) @ result.atoms
-    )
-    error = float((signals - reconstruction).norm() / signals.norm())
-    assert error == pytest.approx(min(errors), rel=1e-4)
-
-
-def test_zero_iterations_code_the_initial_dictionary_once():
-    weight, gram = problem()
-    signals = whiten_gram(gram, "layer").whiten(weight).float()
-    result = learn(signals, 16, 4, LearnOptions(iterations=0))
-    assert result.history == ()
-    torch.testing.assert_close(result.atoms, initial_atoms(signals, 16, "svd", 42))
-
-
-def test_early_stop():
-    weight, gram = problem()
-    signals = whiten_gram(gram, "layer").whiten(weight).float()
-    result = learn(signals, 32, 16, LearnOptions(iterations=50, tolerance=0.2))
-    assert len(result.history) < 10
-
-
-def test_refit_is_the_least_squares_solution_on_the_support():
-    generator = torch.Generator().manual_seed(5)
-    signals = torch.randn(9, 30, generator=generator, dtype=torch.float64)
-    atoms = (
-        torch.randn(14, 30, generator=generator, dtype=torch.float64)
-        * torch.logspace(-3, 3, 14)[:, None]
-    )
-    indices = torch.stack(
-        [torch.randperm(14, generator=generator)[:5].sort().values for _ in range(9)]
-    ).int()
-    refitted = refit_coefficients(
-        signals, atoms, indices, torch.zeros(9, 5), steps=60, tolerance=1e-24
-    )
-    for row in range(9):
-        chosen = atoms[indices[row].long()]
-        expected = torch.linalg.lstsq(chosen.T, signals[row, :, None]).solution[:, 0]
-        torch.testing.assert_close(refitted[row], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["cospadi", "svd-llm", "svd"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_reported_error_is_that_of_the_stored_factor(method, dtype):
     weight, gram = problem()
-    whitening = whiten_gram(gram, "layer") if method != "svd" else identity_whitening(48)
-    if method == "cospadi":
-        n_atoms, sparsity = sparse_size(48, 72, 0.2)
-    else:
-        n_atoms = sparsity = low_rank_size(48, 72, 0.2)
-    factor, report = fit_module(
-        "layer", weight, None, gram, whitening,
-        method=method, n_atoms=n_atoms, sparsity=sparsity,
-        options=LearnOptions(iterations=3), storage_dtype=dtype,
-    )  # fmt: skip
+    rank = low_rank_size(48, 72, 0.2)
+    size = sparse_size(48, 72, 0.2) if method == "cospadi" else (rank, rank)
+    one = item(weight, gram, data_free=method == "svd")
+    ((factor, report),) = fit([one], settings(method, size, dtype=dtype))
     factor.validate("layer")
-    assert factor.dictionary.dtype == dtype
     found = relative_error(gram, weight, factor.dense_weight(torch.float64))
     assert report.relative_error == pytest.approx(found, rel=1e-9)
     if report.history:
-        # the refit after rounding to bf16 costs less than it gains
-        assert report.relative_error < report.history[-1].error_after_update * 1.005
+        # the refits around rounding gain more than bf16 costs
+        assert report.relative_error < report.history[-1].error_after_update
+
+
+@pytest.mark.parametrize("coeffs", ["bfloat14", "int8", "int4"])
+def test_packed_coefficients_decode_to_the_reported_error(coeffs):
+    weight, gram = problem()
+    ((factor, report),) = fit(
+        [item(weight, gram)], settings("cospadi", sparse_size(48, 72, 0.2), coeffs=coeffs)
+    )
+    factor.validate("layer")
+    found = relative_error(gram, weight, factor.dense_weight(torch.float64))
+    assert report.relative_error == pytest.approx(found, rel=1e-9)
 
 
 def test_cospadi_beats_svd_llm_at_equal_stored_bytes():
     weight, gram = problem(96, 160)
-    whitening = whiten_gram(gram, "layer")
-    n_atoms, sparsity = sparse_size(96, 160, 0.3)
     rank = low_rank_size(96, 160, 0.3)
-    options = LearnOptions(iterations=8)
-    _, sparse = fit_module("a", weight, None, gram, whitening, method="cospadi", n_atoms=n_atoms, sparsity=sparsity, options=options)  # fmt: skip  # noqa: E501
-    _, low_rank = fit_module("a", weight, None, gram, whitening, method="svd-llm", n_atoms=rank, sparsity=rank, options=options)  # fmt: skip  # noqa: E501
+    one = item(weight, gram)
+    ((_, sparse),) = fit([one], settings("cospadi", sparse_size(96, 160, 0.3), iterations=8))
+    ((_, low_rank),) = fit([one], settings("svd-llm", (rank, rank)))
     assert sparse.relative_error < low_rank.relative_error
+
+
+def test_group_of_one_is_the_single_fit_to_the_bit():
+    weight, gram = problem()
+    chosen = settings("cospadi", sparse_size(48, 72, 0.2))
+    one = item(weight, gram)
+    mean = torch.stack([gram]).mean(0)
+    ((single, _),) = fit([one], chosen)
+    ((grouped, _),) = fit([one], chosen, joint=whiten_gram(mean, "group"))
+    assert torch.equal(single.dictionary, grouped.dictionary)
+    assert torch.equal(single.coeffs, grouped.coeffs)
+    assert torch.equal(single.mask, grouped.mask)
+
+
+def test_members_of_a_group_hold_one_dictionary():
+    (first, gram_a), (second, gram_b) = problem(seed=0), problem(d_out=50, seed=1)
+    joint = whiten_gram((gram_a + gram_b) / 2, "group")
+    results = fit(
+        [item(first, gram_a, name="a"), item(second, gram_b, name="b")],
+        settings("cospadi", sparse_size(48, 122, 0.2)),
+        joint=joint,
+    )
+    (leader, report), (member, _) = results
+    assert torch.equal(leader.dictionary, member.dictionary)
+    assert report.relative_error == pytest.approx(
+        relative_error(gram_a, first, leader.dense_weight(torch.float64)), rel=1e-9
+    )
+    assert report.group_errors[-1] <= report.group_errors[0]
+
+
+def test_methods_that_share_nothing_refuse_a_group():
+    weight, gram = problem()
+    one = item(weight, gram)
+    with pytest.raises(InputError, match="wanda"):
+        fit([one, one], settings("wanda", (16, 8)), joint=one.whitening)
 
 
 def test_overflowing_storage_type_is_a_fit_error():
     weight, gram = problem()
-    with pytest.raises(FitError, match=r"model\.layer"):
-        fit_module(
-            "model.layer", weight * 1e6, None, gram, whiten_gram(gram, "layer"),
-            method="cospadi", n_atoms=16, sparsity=8, options=LearnOptions(iterations=1),
-            storage_dtype=torch.float16,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("solver", "lasso"),
-        ("init", "zeros"),
-        ("iterations", -1),
-        ("sweeps", 0),
-        ("tolerance", 1.0),
-        ("block_size", 2.5),
-    ],
-)
-def test_bad_options_name_the_argument(key, value):
-    with pytest.raises(InputError, match=key):
-        LearnOptions(**{key: value})
+    with pytest.raises(FitError, match="float16"):
+        fit([item(weight * 1e7, gram)], settings("cospadi", (16, 8), dtype="float16"))

@@ -76,8 +76,8 @@ def test_report_inspect_and_plan_agree(small_job):
         # the empty tensor in the dense weight's place has no bytes
         assert module["file_bytes"] == module["stored_bytes"]
     linears = data["ratio"]["linears"]
-    assert linears["stored"] == pytest.approx(result.plan.stored_ratio)
-    assert linears["values"] == pytest.approx(result.plan.values_ratio)
+    assert linears["stored"] == pytest.approx(result.plan.ratio["stored"])
+    assert linears["values"] == pytest.approx(result.plan.ratio["values"])
     assert 0.3 <= linears["stored"] < linears["values"]
     assert data["ratio"]["model"]["stored"] < linears["stored"]
     assert data["bytes"]["model"]["file"] == sum(

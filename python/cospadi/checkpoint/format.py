@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: ``quantization_config`` and the tensors that follow from it.
+"""The checkpoint format, version 2: ``quantization_config`` and the tensors that follow from it.
 
 FORMAT.md is the specification; this module is its implementation for the config. A config comes
 from outside, so every field is checked before anything is allocated from it.
@@ -12,10 +12,18 @@ from typing import Any, Literal, cast
 
 from cospadi.checkpoint.strict_json import brief_text, check_plain
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import STORAGE_DTYPES, FactorSpec, brief
+from cospadi.factor import (
+    COEFFS_DTYPES,
+    DICTIONARY_DTYPES,
+    STORAGE_DTYPES,
+    FactorSpec,
+    TensorSpec,
+    brief,
+    removed_shares,
+)
 
-FORMAT_VERSION = 1
-"""Version that this code writes, and the newest that it reads."""
+FORMAT_VERSION = 2
+"""Version that this code writes, and the newest that it reads; it reads all earlier ones."""
 
 QUANT_METHOD = "cospadi"
 
@@ -37,41 +45,53 @@ MAX_NAME_LENGTH = 512
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*", re.ASCII)
 _REQUIRED = ("d_in", "d_out", "n_atoms", "sparsity", "support", "bias")
-_OPTIONAL = ("dictionary_dtype", "coeffs_dtype", "layer_type", "dictionary", "n_identity")
+_SPEC_OPTIONAL = ("dictionary_dtype", "coeffs_dtype", "n_identity", "coeffs_group")
+_OPTIONAL = (*_SPEC_OPTIONAL, "layer_type", "dictionary")
 _ENUMS: dict[str, tuple[str, ...]] = {
     "support": ("mask", "full"),
     "layer_type": ("linear", "conv1d"),
-    "dictionary_dtype": tuple(STORAGE_DTYPES),
-    "coeffs_dtype": tuple(STORAGE_DTYPES),
+    "dictionary_dtype": DICTIONARY_DTYPES,
+    "coeffs_dtype": COEFFS_DTYPES,
 }
 _TOP_LEVEL = ("quant_method", "format_version", "modules", "groups", "ratio", "producer", "note")
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """What a file must hold under one name.
-
-    ``dtypes`` are the admitted types by torch's names, ``shape`` is exact.
-    """
-
-    dtypes: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ModuleEntry:
-    """One compressed module: its factor and the kind of layer it replaced.
+    """One compressed module: its factor, whose dictionary it uses, and the kind of layer it replaced.
 
-    ``layer_type`` is ``"conv1d"`` where the dense weight lies as [d_in, d_out] (GPT-2); the stored
-    factor is the same.
+    Parameters
+    ----------
+    spec : FactorSpec
+        Shapes and storage types.
+    layer_type : {"linear", "conv1d"}
+        ``"conv1d"`` where the dense weight lies as [d_in, d_out] (GPT-2); the stored factor is the
+        same.
+    leader : str or None
+        Name of the module that owns the dictionary; None where this one does.
+
+    Raises
+    ------
+    InputError
+        If `leader` and ``spec.owns_dictionary`` contradict each other.
     """
 
     spec: FactorSpec
     layer_type: LayerType = "linear"
+    leader: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec.owns_dictionary != (self.leader is None):
+            raise InputError(
+                "leader: expected a name for a spec that does not own its dictionary, and none for "
+                f"one that does, got {brief(self.leader)}"
+            )
 
     @classmethod
     def parse(cls, value: object, name: str) -> ModuleEntry:
         """Check one value of ``modules``; `name` is its key.
+
+        What concerns several modules is left to `CospadiConfigData.check_sharing`.
 
         Raises
         ------
@@ -96,26 +116,18 @@ class ModuleEntry:
         leader = value.get("dictionary", name)
         if not isinstance(leader, str):
             raise CheckpointError(f"{where}.dictionary: expected a name, got {brief(leader)}")
-        if leader != name:
-            raise _newer(where, f"a dictionary shared with {brief(leader)}")
-        n_identity = value.get("n_identity", 0)
-        if isinstance(n_identity, bool) or not isinstance(n_identity, int):
-            raise CheckpointError(
-                f"{where}.n_identity: expected an integer, got {brief(n_identity)}"
-            )
-        if n_identity != 0:
-            raise _newer(where, f"{brief(n_identity)} identity atoms")
         fields = {key: value[key] for key in _REQUIRED}
-        fields |= {key: value[key] for key in _OPTIONAL[:2] if key in value}
+        fields |= {key: value[key] for key in _SPEC_OPTIONAL if key in value}
         try:
-            return cls(FactorSpec(**fields), cast("LayerType", layer_type))
+            spec = FactorSpec(**fields, owns_dictionary=leader == name)
         except InputError as error:
             raise CheckpointError(f"{where}.{error}") from None
+        return cls(spec, cast("LayerType", layer_type), None if spec.owns_dictionary else leader)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         spec = self.spec
-        return {
+        result: dict[str, Any] = {
             "d_in": spec.d_in,
             "d_out": spec.d_out,
             "n_atoms": spec.n_atoms,
@@ -126,20 +138,39 @@ class ModuleEntry:
             "coeffs_dtype": spec.coeffs_dtype,
             "layer_type": self.layer_type,
         }
+        if spec.n_identity:
+            result["n_identity"] = spec.n_identity
+        if spec.coeffs_group:
+            result["coeffs_group"] = spec.coeffs_group
+        if self.leader is not None:
+            result["dictionary"] = self.leader
+        return result
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Return what the file holds for this module, by the last part of the tensor name."""
-        spec = self.spec
-        result = {
-            SENTINEL: TensorSpec((spec.dictionary_dtype,), (0,)),
-            "dictionary": TensorSpec((spec.dictionary_dtype,), (spec.d_in, spec.n_atoms)),
-            "coeffs": TensorSpec((spec.coeffs_dtype,), (spec.d_out, spec.sparsity)),
+        return {SENTINEL: TensorSpec(tuple(STORAGE_DTYPES), (0,)), **self.spec.tensors()}
+
+    def factor_tensors(self, name: str) -> dict[str, str]:
+        """Return the full tensor names of the factor of module `name`, by their names in `PARTS`.
+
+        For a member that includes the dictionary of its leader.
+        """
+        owner = name if self.leader is None else self.leader
+        dictionary = {part: f"{owner}.{part}" for part in self.spec.dictionary_tensors()}
+        return dictionary | {
+            part: f"{name}.{part}" for part in self.spec.tensors() if part not in dictionary
         }
-        if spec.support == "mask":
-            result["mask"] = TensorSpec(("uint8",), (spec.d_out, spec.mask_row_bytes))
-        if spec.bias:
-            result["bias"] = TensorSpec(tuple(STORAGE_DTYPES), (spec.d_out,))
-        return result
+
+    def version(self) -> int:
+        """Return the first format version that can express this entry."""
+        spec = self.spec
+        is_first = (
+            spec.owns_dictionary
+            and spec.n_identity == 0
+            and spec.coeffs_dtype in STORAGE_DTYPES
+            and spec.dictionary_dtype in STORAGE_DTYPES
+        )
+        return 1 if is_first else 2
 
 
 @dataclass
@@ -153,16 +184,15 @@ class CospadiConfigData:
     ratio, producer : dict
         Informative: what was reached (FORMAT.md defines the words) and what made the checkpoint.
         JSON types only.
-    groups : dict
-        Reserved for shared dictionaries; empty in version 1.
     extra : dict
         Top-level keys that this version does not know; kept and written back.
+    format_version : int
+        Version that this was read from; `to_dict` always gives the newest.
     """
 
     modules: dict[str, ModuleEntry]
     ratio: dict[str, Any] = field(default_factory=dict)
     producer: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -202,23 +232,66 @@ class CospadiConfigData:
                 raise CheckpointError(f"{CONFIG_KEY}.{key}: expected an object, got {brief(item)}")
             check_plain(item, f"{CONFIG_KEY}.{key}")
             objects[key] = item
-        if objects["groups"]:
-            raise _newer(f"{CONFIG_KEY}.groups", "shared dictionaries")
         extra = {key: item for key, item in value.items() if key not in _TOP_LEVEL}
         check_plain(extra, CONFIG_KEY)
-        return cls(
+        data = cls(
             modules=_parse_modules(value.get("modules")),
             ratio=objects["ratio"],
             producer=objects["producer"],
-            groups=objects["groups"],
             extra=extra,
+            format_version=version,
         )
+        data.check_sharing()
+        _check_groups(objects["groups"], data.groups)
+        for name, entry in data.modules.items():
+            if entry.version() > version:
+                raise CheckpointError(
+                    f"{CONFIG_KEY}.modules.{name}: needs format_version {entry.version()}, "
+                    f"got {version}"
+                )
+        return data
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Members of every shared dictionary by the name of its leader, in module order."""
+        result: dict[str, list[str]] = {}
+        for name, entry in self.modules.items():
+            if entry.leader is not None:
+                result.setdefault(entry.leader, []).append(name)
+        return result
+
+    def check_sharing(self) -> None:
+        """Check that the leader of every member is there, leads itself and has what members expect.
+
+        Raises
+        ------
+        CheckpointError
+            Naming the member.
+        """
+        for name, entry in self.modules.items():
+            if entry.leader is None:
+                continue
+            where = f"{CONFIG_KEY}.modules.{name}.dictionary"
+            leader = self.modules.get(entry.leader)
+            if leader is None:
+                raise CheckpointError(f"{where}: {brief(entry.leader)} is no compressed module")
+            if leader.leader is not None:
+                raise CheckpointError(
+                    f"{where}: {entry.leader} has no dictionary of its own, "
+                    f"it uses that of {brief(leader.leader)}"
+                )
+            for key in ("d_in", "n_atoms", "n_identity", "dictionary_dtype"):
+                ours, theirs = getattr(entry.spec, key), getattr(leader.spec, key)
+                if ours != theirs:
+                    raise CheckpointError(
+                        f"{where}: {key} is {ours} here and {theirs} in {entry.leader}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form; `parse` of it gives an equal object."""
+        """Return the JSON form in the newest version; `parse` of it gives an equal object but for that."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": self.format_version,
+            "format_version": FORMAT_VERSION,
             "modules": {name: entry.to_dict() for name, entry in self.modules.items()},
             "groups": self.groups,
             "ratio": self.ratio,
@@ -235,18 +308,35 @@ class CospadiConfigData:
             for part, spec in entry.tensors().items()
         }
 
+    def removed_shares(self) -> dict[str, float]:
+        """Return the removed share over all compressed modules in every convention (FORMAT.md §6)."""
+        return removed_shares(entry.spec for entry in self.modules.values())
+
     def stored_bits(self) -> int:
         """Sum of `FactorSpec.stored_bits` over the modules."""
         return sum(entry.spec.stored_bits for entry in self.modules.values())
 
     def values_ratio(self) -> float:
         """Return the removed share of values over all compressed modules (mask not counted)."""
-        specs = [entry.spec for entry in self.modules.values()]
-        return 1.0 - sum(s.n_values for s in specs) / sum(s.d_in * s.d_out for s in specs)
+        return self.removed_shares()["values"]
 
     def stored_ratio(self) -> float:
         """Return the removed share of bytes over all compressed modules (mask counted)."""
-        return 1.0 - self.stored_bits() / sum(e.spec.dense_bits for e in self.modules.values())
+        return self.removed_shares()["stored"]
+
+
+def _check_groups(stated: dict[str, Any], groups: dict[str, list[str]]) -> None:
+    """Check that ``groups`` says the same as the entries of the modules."""
+    where = f"{CONFIG_KEY}.groups"
+    for leader, members in stated.items():
+        if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+            raise CheckpointError(f"{where}.{brief_text(leader)}: expected a list of names")
+    for leader in {**groups, **stated}:
+        is_same = leader in groups and leader in stated
+        if not is_same or sorted(groups[leader]) != sorted(stated[leader]):
+            raise CheckpointError(
+                f"{where}: contradicts the modules about the members of {brief_text(leader)}"
+            )
 
 
 def _parse_modules(value: object) -> dict[str, ModuleEntry]:

@@ -67,7 +67,7 @@ class CompressedCheckpoint:
         return read_tensor(info, name)
 
     def factor(self, name: str) -> SparseFactor:
-        """Read and validate the factor of one compressed module.
+        """Read and validate the factor of one compressed module, for a member with its leader's dictionary.
 
         Parameters
         ----------
@@ -77,24 +77,22 @@ class CompressedCheckpoint:
         Raises
         ------
         CheckpointError
-            If the module is not compressed, or its tensors hold a wrong mask or a value that is not
-            finite.
+            If the module is not compressed, or its tensors hold a wrong mask or a wrong value (see
+            `SparseFactor.validate`).
         """
         entry = self.data.modules.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: {brief(name)} is not a compressed module")
-        spec = entry.spec
-        factor = SparseFactor(
-            dictionary=self.tensor(f"{name}.dictionary"),
-            mask=self.tensor(f"{name}.mask") if spec.support == "mask" else None,
-            coeffs=self.tensor(f"{name}.coeffs"),
-            bias=self.tensor(f"{name}.bias") if spec.bias else None,
-        )
+        names = entry.factor_tensors(name)
+        tensors = {part: self.tensor(full_name) for part, full_name in names.items()}
+        factor = SparseFactor.from_tensors(entry.spec, tensors)
         try:
-            factor.validate(name)
+            factor.validate(name, entry.leader)
         except CheckpointError as error:
-            file = self.tensors[f"{name}.dictionary"].file.name
-            raise CheckpointError(f"{self.path / file}: {error}") from None
+            # The message begins with the tensor, whose file may be the leader's.
+            info = self.tensors.get(str(error).partition(":")[0])
+            where = self.path if info is None else info.file
+            raise CheckpointError(f"{where}: {error}") from None
         return factor
 
 
@@ -166,7 +164,7 @@ def check_tensors(data: CospadiConfigData, tensors: dict[str, TensorInfo]) -> No
             if parent in data.modules and name not in expected:
                 raise CheckpointError(
                     f"{info.file}: {brief_text(name)}: not part of the compressed module "
-                    f"{parent} in format {data.format_version}"
+                    f"{parent} as {CONFIG_KEY} describes it"
                 )
             parent = parent.rpartition(".")[0]
 

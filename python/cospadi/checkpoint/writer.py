@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cospadi.checkpoint.atomic import HELD_SUFFIX, new_folder
-from cospadi.checkpoint.format import CONFIG_KEY, CospadiConfigData
+from cospadi.checkpoint.format import CONFIG_KEY, CospadiConfigData, ModuleEntry
 from cospadi.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from cospadi.checkpoint.reader import CONFIG_FILE, check_tensors, read_headers
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES, SparseFactor, brief, dtype_name
-from cospadi.model.layers import compressed_modules
+from cospadi.model.layers import compressed_modules, describe_modules
 
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", re.ASCII)
 
@@ -40,7 +41,8 @@ def write_checkpoint(
         Written beside the model; None writes none.
     config_data : CospadiConfigData
         Describes exactly the compressed layers of `model`; its storage types decide what is written
-        for dictionaries and coefficients (`cospadi.model.layers.describe_modules` makes one).
+        for floating-point dictionaries and coefficients (`cospadi.model.layers.describe_modules` makes
+        one).
     out_dir : str or Path
         Must not exist or be an empty folder.
     extra_files : mapping of str to str or bytes, optional
@@ -61,7 +63,8 @@ def write_checkpoint(
         If the folder is taken or unwritable, a name in `extra_files` is unusable, or `config_data`
         describes another model.
     CheckpointError
-        If a factor holds a wrong mask or a value that is not finite in its storage type.
+        If a factor holds a wrong mask or a value that is not finite in its storage type, or
+        `config_data` contradicts itself about a shared dictionary.
     """
     extra_files = dict(extra_files or {})
     _check_extra_names(extra_files)
@@ -93,7 +96,8 @@ def stored_state(
     model : transformers.PreTrainedModel
         The model; tensors of the right type are shared with it.
     config_data : CospadiConfigData or None
-        Types of dictionaries and coefficients; None for a dense model.
+        Types of floating-point dictionaries and coefficients; None for a dense model. Integers,
+        packed coefficients and scales keep their types.
     dtype : torch.dtype
         Type of every other floating-point tensor.
 
@@ -105,9 +109,10 @@ def stored_state(
     types: dict[str, torch.dtype] = {}
     modules = {} if config_data is None else config_data.modules
     for name, entry in modules.items():
-        types[f"{name}.coeffs"] = STORAGE_DTYPES[entry.spec.coeffs_dtype]
-        for part in ("dictionary", "weight"):
-            types[f"{name}.{part}"] = STORAGE_DTYPES[entry.spec.dictionary_dtype]
+        for part, expected in entry.spec.tensors().items():
+            # The bias admits several types and follows the model; integers stay what they are.
+            if len(expected.dtypes) == 1 and expected.dtypes[0] in STORAGE_DTYPES:
+                types[f"{name}.{part}"] = STORAGE_DTYPES[expected.dtypes[0]]
     state: dict[str, torch.Tensor] = {}
     # save_pretrained recognises tied tensors by their storage, so one source must give one result.
     done: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
@@ -119,12 +124,8 @@ def stored_state(
         target = types.get(name, dtype) if tensor.is_floating_point() else tensor.dtype
         state[name] = done[key] = tensor.detach().to(target)
     for name, entry in modules.items():
-        SparseFactor(
-            dictionary=state[f"{name}.dictionary"],
-            mask=state.get(f"{name}.mask"),
-            coeffs=state[f"{name}.coeffs"],
-            bias=state.get(f"{name}.bias") if entry.spec.bias else None,
-        ).validate(name)
+        tensors = {part: state[full] for part, full in entry.factor_tensors(name).items()}
+        SparseFactor.from_tensors(entry.spec, tensors).validate(name, entry.leader)
     return state
 
 
@@ -173,13 +174,20 @@ def _check_description(model: Any, data: CospadiConfigData) -> None:  # noqa: AN
         name = sorted(layers.keys() ^ data.modules.keys())[0]
         where = "the model" if name in layers else "config_data"
         raise InputError(f"{name}: compressed in {where} only")
-    for name, layer in layers.items():
-        spec, wanted = layer.spec, data.modules[name].spec
-        for key in ("d_in", "d_out", "n_atoms", "sparsity", "support", "bias"):
-            if getattr(spec, key) != getattr(wanted, key):
+    data.check_sharing()
+    for name, entry in describe_modules(model).modules.items():
+        ours, wanted = _fixed_fields(entry), _fixed_fields(data.modules[name])
+        for key, value in ours.items():
+            if value != wanted[key]:
                 raise InputError(
-                    f"{name}: {key} is {getattr(spec, key)} in the model "
-                    f"and {getattr(wanted, key)} in config_data"
+                    f"{name}: {key} is {value} in the model and {wanted[key]} in config_data"
                 )
-        if layer.layer_type != data.modules[name].layer_type:
-            raise InputError(f"{name}: layer_type of model and config_data differ")
+
+
+def _fixed_fields(entry: ModuleEntry) -> dict[str, object]:
+    """Return what writing does not change: everything but which floating-point type is stored."""
+    fields = {**asdict(entry.spec), "layer_type": entry.layer_type, "leader": entry.leader}
+    for key in ("dictionary_dtype", "coeffs_dtype"):
+        if fields[key] in STORAGE_DTYPES:
+            fields[key] = "floating point"
+    return fields

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cospadi.cli import compress, doctor, evaluate, export, generate, inspect, plan, verify
+from cospadi.cli import compare, compress, doctor, evaluate, export, generate, inspect, plan, verify
 from cospadi.errors import CospadiError
 
 EXIT_INTERRUPTED = 130
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("compress")(compress.compress_command)
+app.command("compare")(compare.compare_command)
 app.command("eval")(evaluate.eval_command)
 app.command("generate")(generate.generate_command)
 app.command("inspect")(inspect.inspect_command)

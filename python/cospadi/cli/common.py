@@ -6,13 +6,16 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cospadi.errors import InputError
 
 if TYPE_CHECKING:
     from cospadi.pipeline.recipe import Recipe
+
+_Number = TypeVar("_Number", int, float)
 
 
 def quiet_libraries() -> None:
@@ -59,6 +62,31 @@ def write_json(path: Path | None, data: object) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def word_list(option: str, text: str) -> list[str]:
+    """Comma-separated words; an empty one is an error."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise InputError(f"{option} {text!r}: expected words separated by commas")
+    return words
+
+
+def number_list(option: str, text: str, kind: type[_Number]) -> list[_Number]:
+    """Comma-separated numbers of one type."""
+    try:
+        return [kind(word) for word in word_list(option, text)]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: expected numbers separated by commas") from None
+
+
+def describe_ratio(ratio: Mapping[str, float]) -> str:
+    """Removed shares in every convention, side by side."""
+    text = (
+        f"removed {ratio['values']:.2%} of values, {ratio['mask16']:.2%} with mask (Eq. 10), "
+        f"{ratio['mask14']:.2%} with mask and 14-bit coefficients (Eq. 11), {ratio['stored']:.2%} of bytes as stored"
+    )
+    return f"{text}, {ratio['file']:.2%} of file bytes" if "file" in ratio else text
 
 
 def megabytes(n_bytes: float) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import build_recipe, megabytes, quiet_libraries
+from cospadi.cli.common import build_recipe, describe_ratio, megabytes, quiet_libraries
 from cospadi.cli.live import make_listener
 
 EXIT_PARTIAL = 3
+METHOD_HELP = "cospadi, svd-llm, svd, basis-sharing, compot, rocket, magnitude, wanda, sparsegpt or rtn [cospadi]."
 
 
 def compress_command(
@@ -22,14 +23,31 @@ def compress_command(
         None,
         help="What the ratio counts: stored bytes with the mask [stored], or values only (nominal).",
     ),
-    method: str | None = typer.Option(None, help="cospadi, svd-llm or svd [cospadi]."),
+    method: str | None = typer.Option(None, help=METHOD_HELP),
+    preset: str | None = typer.Option(
+        None, help="Settings to start from: fast (the defaults), paper, best."
+    ),
     solver: str | None = typer.Option(None, help="Sparse coding: omp or ormp [omp]."),
     iterations: int | None = typer.Option(None, help="Alternations of coding and atom update [8]."),
     power_iterations: int | None = typer.Option(None, help="Power iterations per atom [1]."),
     k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
     init: str | None = typer.Option(None, help="First dictionary: svd, columns or random [svd]."),
+    group_size: int | None = typer.Option(
+        None, help="Neighbouring layers that share a dictionary [1]."
+    ),
+    coeffs_dtype: str | None = typer.Option(
+        None, help="Type of stored coefficients: bfloat16, bfloat14, int8, int4, ... [bfloat16]."
+    ),
+    dictionary_dtype: str | None = typer.Option(
+        None, help="Type of stored dictionaries: bfloat16, int8, ... [bfloat16]."
+    ),
+    sequential: bool = typer.Option(
+        False, "--sequential", help="Calibrate layers on the compressed layers before them."
+    ),
     calibration: str | None = typer.Option(
-        None, help="Text, JSON-lines or token file, hub data set, or 'builtin' [builtin]."
+        None,
+        help="Text, JSON-lines or token file, hub data set (with a range of documents: "
+        "'file.jsonl[:800]'), 'builtin', or 'none' [builtin].",
     ),
     samples: int | None = typer.Option(None, help="Calibration windows [64]."),
     sequence_length: int | None = typer.Option(None, help="Tokens per window [1024]."),
@@ -44,6 +62,9 @@ def compress_command(
     settings: list[str] = typer.Option(
         [], "--set", help="key=value, over file and options; repeatable."
     ),
+    gram_cache: Path | None = typer.Option(
+        None, help="Folder that keeps activation statistics for further runs."
+    ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     threads: int | None = typer.Option(None, help="Threads; all cores by default."),
 ) -> None:
@@ -57,6 +78,11 @@ def compress_command(
         "ratio": ratio,
         "ratio_convention": ratio_convention,
         "method": method,
+        "preset": preset,
+        "group_size": group_size,
+        "coeffs_dtype": coeffs_dtype,
+        "dictionary_dtype": dictionary_dtype,
+        "sequential": sequential or None,
         "solver": solver,
         "iterations": iterations,
         "power_iterations": power_iterations,
@@ -74,13 +100,18 @@ def compress_command(
 
     with make_listener() as listener:
         result = compress(
-            model, out, built, device=device, num_threads=threads, listener=listener.handle
+            model,
+            out,
+            built,
+            device=device,
+            num_threads=threads,
+            gram_cache=gram_cache,
+            listener=listener.handle,
         )
     plan = result.plan
     typer.echo(
         f"{result.out_dir}: {len(result.reports)} linears, {megabytes(plan.dense_bits / 8)} -> "
-        f"{megabytes(plan.stored_bits / 8)} (removed {plan.stored_ratio:.1%} of bytes with mask, "
-        f"{plan.values_ratio:.1%} of values), {result.seconds:.0f} s"
+        f"{megabytes(plan.stored_bits / 8)}; {describe_ratio(plan.ratio)}; {result.seconds:.0f} s"
     )
     if result.failed:
         typer.echo(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import megabytes, write_json
+from cospadi.cli.common import describe_ratio, megabytes, write_json
 
 
 def inspect_command(
@@ -31,8 +31,7 @@ def inspect_command(
         ratio = data["ratio"][part]
         size = data["bytes"][part]
         typer.echo(
-            f"{part}: {megabytes(size['dense'])} -> {megabytes(size['stored'])}; removed "
-            f"{ratio['values']:.2%} of values, {ratio['stored']:.2%} of stored bytes, {ratio['file']:.2%} of file bytes"
+            f"{part}: {megabytes(size['dense'])} -> {megabytes(size['stored'])}; {describe_ratio(ratio)}"
         )
     if data["failed"]:
         typer.echo(f"left dense after a failure: {', '.join(data['failed'])}")

@@ -82,6 +82,9 @@ class PlainListener:
     def _on_dense(self, event: Event) -> None:
         typer.echo(f"left dense: {event['module']}: {event['reason']}")
 
+    def _on_warning(self, event: Event) -> None:
+        typer.echo(f"warning: {event['text']}", err=True)
+
     def _on_failed(self, event: Event) -> None:
         self._eta.add(event)
         typer.echo(f"FAILED, left dense: {event['module']}: {event['reason']}", err=True)
@@ -145,6 +148,9 @@ class LiveListener(PlainListener):
     def _on_dense(self, event: Event) -> None:
         self._print(f"left dense: {event['module']}: {event['reason']}")
 
+    def _on_warning(self, event: Event) -> None:
+        self._print(f"warning: {event['text']}")
+
     def _on_failed(self, event: Event) -> None:
         self._eta.add(event)
         self._print(f"FAILED, left dense: {event['module']}: {event['reason']}")
@@ -187,7 +193,7 @@ def describe_start(event: Event) -> str:
     """One line about what is going to happen."""
     return (
         f"{event['model']}: {event['method']}, {event['n_modules']} linears, removing "
-        f"{event['stored_ratio']:.1%} of their bytes ({event['values_ratio']:.1%} of values); "
+        f"{event['removed']['stored']:.1%} of their bytes ({event['removed']['values']:.1%} of values); "
         f"calibration: {event['calibration']}; {event['threads']} threads, {event['isa']}"
     )
 

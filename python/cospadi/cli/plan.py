@@ -7,7 +7,13 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import build_recipe, megabytes, quiet_libraries, write_json
+from cospadi.cli.common import (
+    build_recipe,
+    describe_ratio,
+    megabytes,
+    quiet_libraries,
+    write_json,
+)
 
 
 def plan_command(
@@ -16,7 +22,8 @@ def plan_command(
         None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
     ),
     ratio_convention: str | None = typer.Option(None, help="stored or nominal [stored]."),
-    method: str | None = typer.Option(None, help="cospadi, svd-llm or svd [cospadi]."),
+    method: str | None = typer.Option(None, help="As in compress [cospadi]."),
+    preset: str | None = typer.Option(None, help="As in compress [fast]."),
     k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
     target: list[str] = typer.Option(
         [], help="Regular expression on module names to compress; repeatable."
@@ -36,6 +43,7 @@ def plan_command(
         "ratio": ratio,
         "ratio_convention": ratio_convention,
         "method": method,
+        "preset": preset,
         "k_over_s": k_over_s,
         "targets": target,
         "ignore": ignore,
@@ -51,20 +59,19 @@ def plan_command(
     write_json(json_out, plan.to_mapping())
     if str(json_out) == "-":
         return
-    kinds = Counter((m.d_in, m.d_out, m.n_atoms, m.sparsity) for m in plan.modules)
-    typer.echo(f"{'in':>7} {'out':>7} {'atoms':>7} {'s':>6} {'count':>6} {'bytes each':>14}")
-    for (d_in, d_out, n_atoms, sparsity), count in sorted(kinds.items()):
-        spec = next(
-            m.spec
-            for m in plan.modules
-            if (m.d_in, m.d_out, m.n_atoms, m.sparsity) == (d_in, d_out, n_atoms, sparsity)
-        )
+    kinds = Counter(m.spec for m in plan.modules)
+    typer.echo(
+        f"{'in':>7} {'out':>7} {'identity':>9} {'atoms':>7} {'s':>6} {'count':>6} {'bytes each':>14}"
+    )
+    for spec, count in sorted(kinds.items(), key=lambda item: (item[0].d_in, item[0].d_out)):
+        note = "" if spec.owns_dictionary else "  dictionary of another layer"
         typer.echo(
-            f"{d_in:>7} {d_out:>7} {n_atoms:>7} {sparsity:>6} {count:>6} {spec.stored_bytes:>14,}"
+            f"{spec.d_in:>7} {spec.d_out:>7} {spec.n_identity:>9} {spec.n_atoms:>7} {spec.sparsity:>6} {count:>6} "
+            f"{spec.stored_bytes:>14,}{note}"
         )
     for item in plan.dense:
         typer.echo(f"left dense: {item.name}: {item.reason}")
     typer.echo(
-        f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} -> {megabytes(plan.stored_bits / 8)}, "
-        f"removed {plan.stored_ratio:.2%} of bytes with mask, {plan.values_ratio:.2%} of values"
+        f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} -> {megabytes(plan.stored_bits / 8)}; "
+        f"{describe_ratio(plan.ratio)}"
     )

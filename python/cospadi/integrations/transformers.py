@@ -142,8 +142,9 @@ class CospadiHfQuantizer(HfQuantizer):
             if not spread:
                 _check_loaded(layer, name)
             layer.freeze()
-            if not any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
-                layer.factor().validate(name)
+            factor = layer.factor()
+            if not any(tensor.is_meta for tensor in factor.tensors().values()):
+                factor.validate(name, self.data.modules[name].leader)
         return model
 
     def get_state_dict_and_metadata(

@@ -1,24 +1,103 @@
-"""One weight and its calibration statistics in, one stored factor and its report out."""
+"""Weights with their calibration statistics in; stored factors and reports out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from cospadi.errors import FitError
-from cospadi.factor import SparseFactor
+from cospadi.errors import FitError, InputError
+from cospadi.factor import STORAGE_DTYPES, SparseFactor
+from cospadi.learn.baselines import (
+    basis_sharing,
+    compot,
+    magnitude,
+    rocket,
+    round_to_nearest,
+    sparsegpt,
+    wanda,
+)
+from cospadi.learn.group import GroupObjective, fit_group
 from cospadi.learn.init import signal_svd
-from cospadi.learn.learner import IterationStats, learn
+from cospadi.learn.learner import IterationStats
+from cospadi.learn.member import Member
+from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.refit import refit_coefficients
+from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
+from cospadi.learn.result import FloatFactor
+from cospadi.learn.rounding import RoundedFactor, round_factors
 from cospadi.learn.whitening import Whitening, relative_error
 
-Method = Literal["cospadi", "svd", "svd-llm"]
-METHODS: tuple[Method, ...] = ("cospadi", "svd-llm", "svd")
+SPECTRUM_POINTS = 64
+"""Points of the curves that reports keep of a spectrum."""
+
+SPECTRUM_MAX_SIDE = 4096
+"""Larger weights have no spectrum in their report: it would cost more than it tells."""
+
+
+@dataclass(frozen=True)
+class FitInput:
+    """One weight to fit.
+
+    Attributes
+    ----------
+    name : str
+        Module name, for messages.
+    weight : torch.Tensor
+        ``[d_out, d_in]`` float32, what is measured against.
+    bias : torch.Tensor or None
+        ``[d_out]``, kept as it is.
+    gram : torch.Tensor
+        ``[d_in, d_in]`` float64 activation Gram for the reported error.
+    whitening : Whitening
+        Metric of the fit.
+    target : torch.Tensor or None
+        ``[d_out, d_in]`` weight to approximate instead (sequential calibration); None: `weight`.
+    """
+
+    name: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gram: torch.Tensor
+    whitening: Whitening
+    target: torch.Tensor | None = None
+
+    def member(self) -> Member:
+        """What the fit approximates, in its metric."""
+        return Member(self.weight if self.target is None else self.target, self.whitening)
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a weight is fitted and stored.
+
+    Attributes
+    ----------
+    method : str
+        Key of `METHODS`.
+    size : FactorSize
+        K and s.
+    types : StorageTypes
+        Of dictionary and coefficients.
+    options : LearnOptions
+        Of the dictionary learner; the other methods ignore it.
+    refit : bool
+        Least-squares refit of what is not rounded yet (CoSpaDi only: the others round and stop, as their papers do).
+    objective : {"averaged", "exact"}
+        Of a shared dictionary.
+    bias_dtype : torch.dtype
+        Storage type of biases.
+    """
+
+    method: str
+    size: FactorSize
+    types: StorageTypes
+    options: LearnOptions
+    refit: bool = True
+    objective: GroupObjective = "exact"
+    bias_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -32,158 +111,200 @@ class FitReport:
     weight_error : float
         ``||W - W~||_F / ||W||_F``, no calibration in it.
     seconds : float
-        Wall time of the fit.
+        Wall time of the fit; members of a group share it evenly.
     whitening : tuple of str
         Steps of the whitening ladder.
     history : tuple of IterationStats
-        Alternations; empty for the low-rank methods.
+        Alternations of the learner; empty for the other methods.
+    group_errors : tuple of float
+        Relative error of the exact group objective: of the averaged solution, then after every alternation.
+    spectrum : dict or None
+        ``singular_values`` of the whitened weight, and ``support_use``, the share of outputs that use each atom, both
+        in descending order at up to `SPECTRUM_POINTS` points; empty for identity atoms.
     """
 
     relative_error: float
     weight_error: float
     seconds: float
     whitening: tuple[str, ...]
-    history: tuple[IterationStats, ...]
+    history: tuple[IterationStats, ...] = ()
+    group_errors: tuple[float, ...] = ()
+    spectrum: dict[str, list[float]] | None = None
 
 
-def fit_low_rank(
-    weight: torch.Tensor, whitening: Whitening, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best rank-``rank`` factors in the whitened norm (SVD-LLM step 1; with L = I plain truncated SVD).
-
-    The singular values are split evenly between both factors, as in SVD-LLM, so that neither overflows
-    a 16-bit type.
-
-    Returns
-    -------
-    (dictionary, coeffs)
-        ``[d_in, rank]`` and ``[d_out, rank]``, float64.
-    """
-    svd = signal_svd(whitening.whiten(weight))
-    roots = svd.values[:rank].sqrt()
-    dictionary = whitening.unwhiten_atoms(svd.right[:rank] * roots[:, None])
-    return dictionary, svd.left[:, :rank] * roots
-
-
-def fit_module(
-    name: str,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gram: torch.Tensor,
-    whitening: Whitening,
+def fit(
+    inputs: Sequence[FitInput],
+    settings: FitSettings,
     *,
-    method: Method,
-    n_atoms: int,
-    sparsity: int,
-    options: LearnOptions,
-    storage_dtype: torch.dtype = torch.bfloat16,
+    joint: Whitening | None = None,
     num_threads: int | None = None,
     progress: Callable[[IterationStats], None] | None = None,
-) -> tuple[SparseFactor, FitReport]:
-    """Fit one weight.
+) -> list[tuple[SparseFactor, FitReport]]:
+    """Fit one weight, or several with one dictionary.
 
     Parameters
     ----------
-    name : str
-        Module name, for messages.
-    weight : torch.Tensor
-        ``[d_out, d_in]`` float32.
-    bias : torch.Tensor or None
-        ``[d_out]``, kept as it is.
-    gram : torch.Tensor
-        ``[d_in, d_in]`` float64 activation Gram, for the reported error.
-    whitening : Whitening
-        Factor used by the fit (identity for ``method="svd"``).
-    method : {"cospadi", "svd", "svd-llm"}
-        See `METHODS`; the low-rank ones ignore ``sparsity`` and ``options``.
-    n_atoms, sparsity : int
-        K and s (rank and rank for the low-rank methods).
-    options : LearnOptions
-        Of the dictionary learner.
-    storage_dtype : torch.dtype
-        Type the factors are rounded to.
+    inputs : sequence of FitInput
+        Equal ``d_in``; more than one only for a method that can share.
+    settings : FitSettings
+        Method, sizes and storage types.
+    joint : Whitening, optional
+        Of the mean of the inputs' Grams; needed for more than one.
+    num_threads : int, optional
+        Threads of the native kernels.
+    progress : callable, optional
+        Receives every alternation of the learner.
 
     Returns
     -------
-    (SparseFactor, FitReport)
+    list of (SparseFactor, FitReport)
+        In the order of `inputs`. The first factor owns the dictionary that all of them hold.
 
     Raises
     ------
+    InputError
+        Several weights for a method that shares nothing, or without `joint`.
     FitError
-        The result is not finite, or worse than storing nothing (relative error above one).
+        A result is not finite, or worse than storing nothing (relative error above one).
     """
     start = time.perf_counter()
-    if method == "cospadi":
-        stored, history = _fit_sparse(
-            weight,
-            bias,
-            whitening,
-            n_atoms,
-            sparsity,
-            options,
-            storage_dtype,
-            num_threads,
-            progress,
+    if len(inputs) > 1 and (joint is None or not METHODS[settings.method].can_share):
+        raise InputError(
+            f"{inputs[0].name}: {settings.method} cannot fit {len(inputs)} weights with one dictionary"
         )
+    joint = joint or inputs[0].whitening
+    history: tuple[IterationStats, ...] = ()
+    group_errors: tuple[float, ...] = ()
+    if settings.method == "cospadi":
+        fitted = fit_group(
+            [item.member() for item in inputs],
+            joint,
+            settings.size.n_atoms,
+            settings.size.sparsity,
+            settings.options,
+            objective=settings.objective,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        rounded = round_factors(
+            fitted.members, fitted.factors, settings.types, refit=settings.refit
+        )
+        history, group_errors = fitted.history, fitted.exact_errors
     else:
-        dictionary, coeffs = fit_low_rank(weight, whitening, n_atoms)
-        stored = SparseFactor(
-            dictionary=dictionary.to(storage_dtype).contiguous(),
-            mask=None,
-            coeffs=coeffs.to(storage_dtype).contiguous(),
-            bias=None if bias is None else bias.to(storage_dtype),
+        rounded = _fit_baseline(inputs, settings, joint)
+    stored = _store(inputs, rounded, settings)
+    seconds = (time.perf_counter() - start) / len(inputs)
+    reports = [
+        _report(item, factor, seconds, history, group_errors if len(inputs) > 1 else ())
+        for item, factor in zip(inputs, stored, strict=True)
+    ]
+    return list(zip(stored, reports, strict=True))
+
+
+def _fit_baseline(
+    inputs: Sequence[FitInput], settings: FitSettings, joint: Whitening
+) -> list[RoundedFactor]:
+    members = [item.member() for item in inputs]
+    weight, whitening, gram = members[0].weight, inputs[0].whitening, inputs[0].gram
+    size, types = settings.size, settings.types
+    factors: list[FloatFactor]
+    if settings.method == "rtn":
+        factor, quantised = round_to_nearest(
+            weight, INTEGER_BITS[types.coeffs], group=types.coeffs_group
         )
-        history = ()
-    approximation = stored.dense_weight(torch.float64)
+        nothing = QuantisedDictionary("bfloat16", factor.dictionary.float())
+        return [RoundedFactor(nothing, factor.indices, quantised, factor.n_identity)]
+    if settings.method in ("svd", "svd-llm", "basis-sharing"):
+        factors = basis_sharing([m.weight for m in members], joint, size.n_atoms)
+    elif settings.method == "compot":
+        factors = [compot(weight, whitening, size.n_atoms, size.sparsity)]
+    elif settings.method == "rocket":
+        factors = [rocket(weight, whitening, size.n_atoms, size.sparsity)]
+    elif settings.method == "magnitude":
+        factors = [magnitude(weight, size.sparsity)]
+    elif settings.method == "wanda":
+        factors = [wanda(weight, gram, size.sparsity)]
+    elif settings.method == "sparsegpt":
+        factors = [sparsegpt(weight, gram, size.sparsity)]
+    else:
+        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {settings.method!r}")
+    return round_factors(members, factors, types, refit=False)
+
+
+def _store(
+    inputs: Sequence[FitInput], rounded: Sequence[RoundedFactor], settings: FitSettings
+) -> list[SparseFactor]:
+    dictionary, scale = _stored_dictionary(rounded[0].dictionary)
+    factors = []
+    for index, (item, factor) in enumerate(zip(inputs, rounded, strict=True)):
+        coeffs: QuantisedCoeffs = factor.coeffs
+        is_full = factor.decoded().full_support
+        packed = coeffs.fields is not None
+        values = coeffs.fields if coeffs.fields is not None else coeffs.values
+        factors.append(
+            SparseFactor.from_indices(
+                dictionary,
+                None if is_full else factor.indices,
+                values if packed else values.to(STORAGE_DTYPES[coeffs.dtype]).contiguous(),
+                None if item.bias is None else item.bias.to(settings.bias_dtype),
+                n_identity=factor.n_identity,
+                packed_dtype=coeffs.dtype if packed else None,
+                coeffs_scale=coeffs.scale,
+                coeffs_group=coeffs.group,
+                dictionary_scale=scale,
+                owns_dictionary=index == 0 or dictionary is None,
+            )
+        )
+    return factors
+
+
+def _stored_dictionary(
+    dictionary: QuantisedDictionary,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if dictionary.values.shape[1] == 0:
+        return None, None
+    if dictionary.fields is None:
+        return dictionary.values.to(STORAGE_DTYPES[dictionary.dtype]).contiguous(), None
+    return dictionary.fields.to(torch.int8).contiguous(), dictionary.scale
+
+
+def _report(
+    item: FitInput,
+    factor: SparseFactor,
+    seconds: float,
+    history: tuple[IterationStats, ...],
+    group_errors: tuple[float, ...],
+) -> FitReport:
+    approximation = factor.dense_weight(torch.float64)
     if not bool(torch.isfinite(approximation).all()):
-        raise FitError(f"{name}: the fitted factor is not finite in {storage_dtype}")
-    norm = float(weight.double().norm())
-    report = FitReport(
-        relative_error=relative_error(gram, weight, approximation),
-        weight_error=float((weight.double() - approximation).norm()) / norm if norm else 0.0,
-        seconds=time.perf_counter() - start,
-        whitening=whitening.steps,
-        history=history,
-    )
-    if not report.relative_error <= 1.0:
+        raise FitError(f"{item.name}: the fitted factor is not finite as stored")
+    norm = float(item.weight.double().norm())
+    error = relative_error(item.gram, item.weight, approximation)
+    if not error <= 1.0:
         raise FitError(
-            f"{name}: the fitted factor has relative error {report.relative_error:.3f}, worse than zero weights"
+            f"{item.name}: the fitted factor has relative error {error:.3f}, worse than zero weights"
         )
-    return stored, report
+    return FitReport(
+        relative_error=error,
+        weight_error=float((item.weight.double() - approximation).norm()) / norm if norm else 0.0,
+        seconds=seconds,
+        whitening=item.whitening.steps,
+        history=history,
+        group_errors=group_errors,
+        spectrum=_spectrum(item, factor) if history else None,
+    )
 
 
-def _fit_sparse(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    whitening: Whitening,
-    n_atoms: int,
-    sparsity: int,
-    options: LearnOptions,
-    storage_dtype: torch.dtype,
-    num_threads: int | None,
-    progress: Callable[[IterationStats], None] | None,
-) -> tuple[SparseFactor, tuple[IterationStats, ...]]:
-    signals = whitening.whiten(weight).float()
-    # Seeding per shape would give all layers the same random start; the seed itself is part of options.
-    result = learn(
-        signals, n_atoms, sparsity, replace(options), num_threads=num_threads, progress=progress
-    )
-    dictionary = whitening.unwhiten_atoms(result.atoms)
-    # Un-whitened columns differ in norm by the condition of L; unit columns round alike in every dtype
-    # and keep float16 in range. The scale moves into the coefficients.
-    norms = dictionary.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    dictionary = dictionary / norms
-    coeffs = result.coeffs.double() * norms[result.indices.long()]
-    # The code is refitted to the dictionary as stored: that compensates its rounding, and the last atom
-    # update, which moved atoms after their coefficients.
-    rounded = dictionary.to(storage_dtype)
-    refitted = refit_coefficients(
-        signals, whitening.whiten_atoms(rounded).float(), result.indices, coeffs.float()
-    )
-    stored = SparseFactor.from_indices(
-        rounded.contiguous(),
-        result.indices,
-        refitted.to(storage_dtype),
-        None if bias is None else bias.to(storage_dtype),
-    )
-    return stored, result.history
+def _spectrum(item: FitInput, factor: SparseFactor) -> dict[str, list[float]] | None:
+    if min(item.weight.shape) > SPECTRUM_MAX_SIDE:
+        return None
+    values = signal_svd(item.whitening.whiten(item.weight)).values
+    use = (factor.dense_code() != 0).double().mean(0).sort(descending=True).values
+    return {"singular_values": _sampled(values), "support_use": _sampled(use)}
+
+
+def _sampled(curve: torch.Tensor) -> list[float]:
+    """Evenly spaced points of a curve, both ends among them."""
+    count = min(SPECTRUM_POINTS, curve.numel())
+    positions = torch.linspace(0, curve.numel() - 1, count).round().long()
+    return [float(value) for value in curve[positions]]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cospadi.errors import FitError
+from cospadi.errors import FitError, InputError
 from cospadi.learn.options import Init
 
 
@@ -46,6 +46,42 @@ def signal_svd(signals: torch.Tensor) -> SignalSvd:
         values > floor, left / values.clamp_min(floor or 1.0), torch.zeros_like(left)
     )
     return SignalSvd(left, values, right)
+
+
+def principal_directions(signals: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` leading eigenvectors of ``signals^T signals`` as orthonormal rows.
+
+    Parameters
+    ----------
+    signals : torch.Tensor
+        ``[n, d]``; n may be below ``count``: the rest then spans directions without energy.
+    count : int
+        ``1 <= count <= d``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[count, d]`` float64.
+
+    Raises
+    ------
+    InputError
+        ``count`` out of range.
+    FitError
+        LAPACK does not converge.
+    """
+    d = signals.shape[1]
+    if not 1 <= count <= d:
+        raise InputError(
+            f"n_atoms: an orthonormal basis has 1 to d_in = {d} atoms, got {count}; "
+            "bound the budget with max_atoms = d_in"
+        )
+    x = signals.double()
+    try:
+        _, vectors = torch.linalg.eigh(x.T @ x)
+    except RuntimeError as error:
+        raise FitError(f"eigendecomposition of the signals failed: {error}") from error
+    return vectors.flip(1).T[:count].contiguous()
 
 
 def initial_atoms(signals: torch.Tensor, n_atoms: int, init: Init, seed: int) -> torch.Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from cospadi import native
 from cospadi.learn.init import initial_atoms
-from cospadi.learn.options import LearnOptions
+from cospadi.learn.mod import least_squares_dictionary
+from cospadi.learn.options import LearnOptions, Unused
+from cospadi.learn.result import dense_code
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ class IterationStats:
     n_padded: int
     coding_s: float
     update_s: float
+
+
+class Code(NamedTuple):
+    """Support ``indices [n, s]`` (int32, ascending) with ``coeffs [n, s]``; ``n_padded`` entries only fill it up."""
+
+    indices: torch.Tensor
+    coeffs: torch.Tensor
+    n_padded: int
 
 
 @dataclass(frozen=True)
@@ -55,17 +66,29 @@ def encode(
     sparsity: int,
     options: LearnOptions,
     *,
-    signal_energies: torch.Tensor | None = None,
     num_threads: int | None = None,
-) -> native.OmpResult:
-    """Sparse code of ``signals [n, d]`` over ``atoms [K, d]`` in Gram form, exactly ``sparsity`` per row."""
-    return native.omp_encode(
-        atoms @ atoms.T,
-        signals @ atoms.T,
-        sparsity,
-        signal_energies=signal_energies,
-        selection=options.solver,
-        num_threads=num_threads,
+) -> Code:
+    """Sparse code of ``signals [n, d]`` over ``atoms [K, d]`` in Gram form, exactly ``sparsity`` per row.
+
+    Runs ``options.coding_batch`` signals at a time. Every correlation is summed in the same order whatever the batch is
+    (the native product's; BLAS libraries change theirs with the number of rows), so the code does not depend on it.
+    """
+    gram = atoms @ atoms.T
+    batch = options.coding_batch or max(signals.shape[0], 1)
+    parts = [
+        native.omp_encode(
+            gram,
+            native.gemm(part, atoms.T, num_threads=num_threads),
+            sparsity,
+            selection=options.solver,
+            num_threads=num_threads,
+        )
+        for part in signals.split(batch)
+    ]
+    return Code(
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.coeffs for part in parts]),
+        sum(part.n_padded for part in parts),
     )
 
 
@@ -103,7 +126,6 @@ def learn(
         The state after the last atom update, which is the best one seen: neither half-step raises the
         error except for ties and rounding.
     """
-    energies = signals.double().square().sum(1).to(signals.dtype)
     total = float(signals.double().square().sum())
     atoms = initial_atoms(signals, n_atoms, options.init, options.seed)
     history: list[IterationStats] = []
@@ -115,22 +137,9 @@ def learn(
     best_error = float("inf")
     for iteration in range(1, options.iterations + 1):
         start = time.perf_counter()
-        code = encode(
-            signals, atoms, sparsity, options, signal_energies=energies, num_threads=num_threads
-        )
+        code = encode(signals, atoms, sparsity, options, num_threads=num_threads)
         coded = time.perf_counter()
-        indices, coeffs = code.indices, code.coeffs
-        stats = native.update_atoms(
-            atoms,
-            signals,
-            indices,
-            coeffs,
-            power_iterations=options.power_iterations,
-            block_size=options.block_size,
-            sweeps=options.sweeps,
-            unused=options.unused,
-            num_threads=num_threads,
-        )
+        stats = _update(atoms, signals, code, options, num_threads)
         error = (stats.objective_after / total) ** 0.5
         history.append(
             IterationStats(
@@ -149,8 +158,89 @@ def learn(
         improvement = 1.0 - error / best_error if best is not None else 1.0
         if error < best_error:
             best_error = error
-            best = LearnResult(atoms.clone(), indices, coeffs, ())
-        if improvement < options.tolerance:
+            best = LearnResult(atoms.clone(), code.indices, code.coeffs, ())
+        # coding anew may raise the error a little; with tolerance 0 that stops nothing either
+        if options.tolerance and improvement < options.tolerance:
             break
     assert best is not None
     return LearnResult(best.atoms, best.indices, best.coeffs, tuple(history))
+
+
+class UpdateStats(NamedTuple):
+    """Squared errors before and after a dictionary update, atoms that no signal uses, and those replaced."""
+
+    objective_before: float
+    objective_after: float
+    n_unused: int
+    n_reseeded: int
+
+
+def _update(
+    atoms: torch.Tensor,
+    signals: torch.Tensor,
+    code: Code,
+    options: LearnOptions,
+    num_threads: int | None,
+) -> UpdateStats:
+    if options.update == "mod":
+        return update_by_least_squares(atoms, signals, code, unused=options.unused)
+    stats = native.update_atoms(
+        atoms,
+        signals,
+        code.indices,
+        code.coeffs,
+        power_iterations=options.power_iterations,
+        block_size=options.block_size,
+        sweeps=options.sweeps,
+        unused=options.unused,
+        num_threads=num_threads,
+    )
+    return UpdateStats(
+        stats.objective_before, stats.objective_after, stats.n_unused, stats.n_reseeded
+    )
+
+
+def update_by_least_squares(
+    atoms: torch.Tensor, signals: torch.Tensor, code: Code, *, unused: Unused = "skip"
+) -> UpdateStats:
+    """Replace all atoms by their least-squares values for the code (MOD), in place.
+
+    The new atoms are scaled to norm one and the scale moves into the coefficients, so the product is that of the
+    unscaled solution. Atoms that no signal uses stay, or become the directions of the residuals of the worst coded
+    signals.
+
+    Parameters
+    ----------
+    atoms : torch.Tensor
+        ``[K, d]``, unit rows, updated in place.
+    signals : torch.Tensor
+        ``[n, d]``.
+    code : Code
+        Of the signals; its coefficients are updated in place.
+    unused : {"skip", "reseed"}
+        What happens to atoms without coefficients.
+
+    Returns
+    -------
+    UpdateStats
+        Objectives and counts.
+    """
+    dense = dense_code(code.indices, code.coeffs, atoms.shape[0])
+    before = (signals - dense @ atoms).double().square().sum()
+    solved = least_squares_dictionary(signals, dense, atoms)
+    norms = solved.norm(dim=1)
+    used = dense.any(dim=0) & (norms > 0)
+    atoms[used] = (solved[used] / norms[used, None]).to(atoms.dtype)
+    norms = torch.where(used, norms, torch.ones_like(norms)).to(atoms.dtype)
+    code.coeffs.mul_(norms[code.indices.long()])
+    residual = signals - dense_code(code.indices, code.coeffs, atoms.shape[0]) @ atoms
+    energies = residual.double().square().sum(1)
+    n_unused = int((~used).sum())
+    n_reseeded = 0
+    if unused == "reseed" and n_unused:
+        worst = energies.argsort(descending=True, stable=True)[:n_unused]
+        worst = worst[energies[worst] > 0]
+        n_reseeded = worst.numel()
+        free = (~used).nonzero()[:n_reseeded, 0]
+        atoms[free] = torch.nn.functional.normalize(residual[worst], dim=1)
+    return UpdateStats(float(before), float(energies.sum()), n_unused, n_reseeded)

@@ -10,9 +10,11 @@ from cospadi.errors import InputError
 Solver = Literal["omp", "ormp"]
 Init = Literal["svd", "columns", "random"]
 Unused = Literal["skip", "reseed"]
+Update = Literal["ksvd", "mod"]
 
 SOLVERS: tuple[Solver, ...] = ("omp", "ormp")
 INITS: tuple[Init, ...] = ("svd", "columns", "random")
+UPDATES: tuple[Update, ...] = ("ksvd", "mod")
 
 
 @dataclass(frozen=True)
@@ -26,42 +28,57 @@ class LearnOptions:
         cheap and better on coherent dictionaries.
     iterations : int
         Alternations of coding and atom update (T in the paper, which uses 60).
+    update : {"ksvd", "mod"}
+        How the dictionary follows the code: atom by atom together with its coefficients (the paper), or all atoms at
+        once by least squares with the code kept (an ablation of the paper, Table 2).
     power_iterations : int
-        Power iterations per atom (the paper: 8). They start from the current code, so one is enough.
+        Of ``ksvd``: power iterations per atom (the paper: 8). They start from the current code, so one is enough. 0:
+        the exact best rank-1 term (an ablation of the paper).
     init : {"svd", "columns", "random"}
         Leading singular vectors of the whitened weight; random columns of it (the paper); Gaussian.
     block_size : int
-        Atoms updated together from one residual (Jacobi); 1 is the paper's strictly sequential K-SVD.
+        Of ``ksvd``: atoms updated together from one residual (Jacobi); 1 is the paper's strictly sequential K-SVD.
     sweeps : int
-        Passes of the atom update per coding. A sweep costs a small part of a coding.
+        Of ``ksvd``: passes of the atom update per coding. A sweep costs a small part of a coding.
     unused : {"skip", "reseed"}
         What happens to an atom no signal uses: the paper keeps it; or the worst-coded signal replaces it.
     tolerance : float
         Stop when the relative error falls by less than this share in one iteration; 0 runs all.
+    coding_batch : int
+        Signals coded per call of the native coder (the paper: 8192); 0: all. Bounds the memory of the correlations; the
+        result is the same to the bit.
     seed : int
         Of the random inits.
     """
 
     solver: Solver = "omp"
     iterations: int = 8
+    update: Update = "ksvd"
     power_iterations: int = 1
     init: Init = "svd"
     block_size: int = 64
     sweeps: int = 3
     unused: Unused = "skip"
     tolerance: float = 2e-3
+    coding_batch: int = 0
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, allowed in (("solver", SOLVERS), ("init", INITS), ("unused", ("skip", "reseed"))):
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("init", INITS),
+            ("update", UPDATES),
+            ("unused", ("skip", "reseed")),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
         for name, low in (
             ("iterations", 0),
-            ("power_iterations", 1),
+            ("power_iterations", 0),
             ("block_size", 1),
             ("sweeps", 1),
+            ("coding_batch", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,35 +19,61 @@ from cospadi.checkpoint.format import (
     ModuleEntry,
 )
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import STORAGE_DTYPES, FactorSpec, SparseFactor, dtype_name
+from cospadi.factor import (
+    PARTS,
+    STORAGE_DTYPES,
+    FactorSpec,
+    Packing,
+    SparseFactor,
+    dtype_name,
+)
+
+SCALES = ("dictionary_scale", "coeffs_scale")
+"""Tensors that casts of a model leave alone: float16 would lose small scales."""
 
 
 class CospadiLinear(nn.Module):
-    """A projection ``y = (x @ dictionary) @ S + bias`` with a sparse code S.
+    """A projection ``y = z S + bias`` with a sparse code S, and ``z = x D`` or ``[x ; x D]``.
 
     Parameters
     ----------
     spec : FactorSpec
-        Shapes. ``spec.coeffs_dtype`` is the type that the coefficients are kept in; the kernel
-        takes them as they are stored, whatever type it computes with.
+        Shapes and storage types. Coefficients are kept in ``spec.coeffs_dtype``, packed ones as they
+        lie in the file: the kernels take them so, whatever type they compute with.
     device : torch.device or str, optional
         Where the (uninitialised) tensors lie; ``"meta"`` allocates nothing.
     dtype : torch.dtype, optional
-        Type of the dictionary and the bias, which is the type of the activations. By default the
-        stored type of the dictionary. With full support the coefficients follow, because a dense
-        product takes one type only.
+        Type of a floating-point dictionary and of the bias, which is the type of the activations. By
+        default the stored type of the dictionary, or of the coefficients where there is no
+        dictionary; bfloat16 if those are integers. With full support floating-point coefficients
+        follow, because a dense product takes one type only.
     layer_type : {"linear", "conv1d"}
         Kind of the dense layer that this one replaces; only `dense` export needs it.
+    leader : CospadiLinear, optional
+        The layer that owns the dictionary, for a spec that does not own it.
 
-    Notes ----- State dict: ``dictionary`` [d_in, K], ``coeffs`` [d_out, s], ``mask`` uint8 [d_out,
-    ceil(K / 8)] unless the support is full, ``bias`` [d_out] if there is one, and the empty
-    ``weight`` [0] (see `cospadi.checkpoint.format.SENTINEL`).
+    Raises
+    ------
+    InputError
+        If a member has no leader or one with another dictionary, or an owner has a leader.
+
+    Notes
+    -----
+    State dict: the tensors of ``spec.tensors()`` under their names, and the empty ``weight`` [0] (see
+    `cospadi.checkpoint.format.SENTINEL`). Floating-point dictionaries, coefficients and biases are
+    parameters; masks, integers and scales are buffers, which casts of the model leave alone.
+
+    A member has no dictionary of its own. It holds its leader outside of the module tree and reads
+    the leader's tensors in every forward, so that a model's state dict has them once, and loading,
+    casting, moving and copying the model need no care.
     """
 
-    dictionary: nn.Parameter
-    coeffs: nn.Parameter
-    bias: nn.Parameter | None
+    dictionary: torch.Tensor | None
+    dictionary_scale: torch.Tensor | None
     mask: torch.Tensor | None
+    coeffs: torch.Tensor
+    coeffs_scale: torch.Tensor | None
+    bias: nn.Parameter | None
     weight: torch.Tensor
 
     def __init__(
@@ -57,25 +83,31 @@ class CospadiLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         layer_type: LayerType = "linear",
+        leader: CospadiLinear | None = None,
     ) -> None:
         super().__init__()
-        dtype = STORAGE_DTYPES[spec.dictionary_dtype] if dtype is None else dtype
-        full = spec.support == "full"
-        coeffs_dtype = dtype if full else STORAGE_DTYPES[spec.coeffs_dtype]
+        _check_leader(spec, leader)
+        dtype = _activation_dtype(spec) if dtype is None else dtype
         self.in_features = spec.d_in
         self.out_features = spec.d_out
+        self.n_identity = spec.n_identity
+        self.packing = (
+            Packing(spec.coeffs_dtype, spec.sparsity, spec.coeffs_group) if spec.is_packed else None
+        )
         self.layer_type: LayerType = layer_type
-        self.dictionary = _frozen(torch.empty(spec.d_in, spec.n_atoms, device=device, dtype=dtype))
-        self.coeffs = _frozen(
-            torch.empty(spec.d_out, spec.sparsity, device=device, dtype=coeffs_dtype)
-        )
-        mask_shape = (spec.d_out, spec.mask_row_bytes)
-        self.register_buffer(
-            "mask", None if full else torch.empty(mask_shape, device=device, dtype=torch.uint8)
-        )
+        # In a tuple, since a module as an attribute would become a submodule with a second name.
+        self._leader = () if leader is None else (leader,)
+        tensors = spec.tensors()
+        follows = {"dictionary", "bias"} | ({"coeffs"} if spec.support == "full" else set())
+        for part in PARTS:
+            expected = tensors.get(part)
+            if expected is None:
+                self.register_parameter(part, None)
+                continue
+            stored = getattr(torch, expected.dtypes[0])
+            part_dtype = dtype if part in follows and stored.is_floating_point else stored
+            self._place(part, torch.empty(expected.shape, device=device, dtype=part_dtype))
         self.register_buffer(SENTINEL, torch.empty(0, device=device, dtype=dtype))
-        bias = torch.empty(spec.d_out, device=device, dtype=dtype) if spec.bias else None
-        self.register_parameter("bias", None if bias is None else _frozen(bias))
 
     @classmethod
     def from_factor(
@@ -84,35 +116,74 @@ class CospadiLinear(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         layer_type: LayerType = "linear",
+        leader: CospadiLinear | None = None,
     ) -> CospadiLinear:
         """Build the layer around the tensors of a factor.
 
         Parameters
         ----------
         factor : SparseFactor
-            Its tensors are shared where they have the right type already.
+            Its tensors are shared where they have the right type already. The dictionary of a member
+            is not taken: that of `leader` is used.
         dtype : torch.dtype, optional
             Type of the activations, as in the constructor: a factor rounded to its stored type
             computes in a float32 model with ``dtype=torch.float32``.
         layer_type : {"linear", "conv1d"}
             As in the constructor.
+        leader : CospadiLinear, optional
+            As in the constructor.
+
+        Raises
+        ------
+        InputError
+            As in the constructor.
         """
-        layer = cls(factor.spec, device="meta", dtype=dtype, layer_type=layer_type)
-        dtype = layer.dictionary.dtype
-        layer.dictionary = _frozen(factor.dictionary.to(dtype))
-        layer.coeffs = _frozen(factor.coeffs.to(layer.coeffs.dtype))
-        layer.mask = factor.mask
-        layer.weight = layer.dictionary.new_empty(0)
-        layer.bias = None if factor.bias is None else _frozen(factor.bias.to(dtype))
+        layer = cls(factor.spec, device="meta", dtype=dtype, layer_type=layer_type, leader=leader)
+        tensors = factor.tensors()
+        for part in factor.spec.tensors():
+            tensor = tensors[part]
+            if tensor.is_floating_point() and part not in SCALES:
+                tensor = tensor.to(getattr(layer, part).dtype)
+            layer._place(part, tensor)
+        layer.weight = torch.empty(0, dtype=layer.weight.dtype, device=factor.coeffs.device)
         return layer
 
+    def _place(self, part: str, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() and part not in SCALES:
+            self.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(part, tensor)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> CospadiLinear:
+        """Move or cast, as all of `torch.nn.Module`'s ways do; scales keep their type and value."""
+        scales = {part: t for part in SCALES if (t := self._buffers.get(part)) is not None}
+        super()._apply(fn, recurse)
+        for part, scale in scales.items():
+            moved = cast("torch.Tensor", self._buffers[part])
+            if moved.dtype != scale.dtype:
+                self._buffers[part] = scale.to(moved.device)
+        return self
+
+    @property
+    def leader(self) -> CospadiLinear:
+        """The layer that owns the dictionary: this one, unless it is a member."""
+        return self._leader[0] if self._leader else self
+
     def factor(self) -> SparseFactor:
-        """Return the layer's tensors, shared."""
+        """Return the layer's tensors, shared; for a member with its leader's dictionary."""
+        owner = self.leader
         return SparseFactor(
-            dictionary=self.dictionary.detach(),
+            dictionary=None if owner.dictionary is None else owner.dictionary.detach(),
             mask=self.mask,
             coeffs=self.coeffs.detach(),
             bias=None if self.bias is None else self.bias.detach(),
+            dictionary_scale=owner.dictionary_scale,
+            coeffs_scale=self.coeffs_scale,
+            packing=self.packing,
+            n_identity=self.n_identity,
+            owns_dictionary=not self._leader,
         )
 
     @property
@@ -122,10 +193,58 @@ class CospadiLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to `x` [..., d_in]; returns [..., d_out] in the type of `x`."""
-        z = x @ self.dictionary  # [..., K]
+        z = self._atom_products(x)  # [..., total_atoms]
+        packing = self.packing
+        if packing is not None:
+            return ops.packed_gemm(
+                z,
+                self.mask,
+                self.coeffs,
+                packing.sparsity,
+                packing.dtype,
+                self.coeffs_scale,
+                packing.group,
+                self.bias,
+            )
         if self.mask is None:
             return F.linear(z, self.coeffs, self.bias)
         return ops.sparse_gemm(z, self.mask, self.coeffs, self.bias)
+
+    def _atom_products(self, x: torch.Tensor) -> torch.Tensor:
+        """Return z: the inputs if they are atoms, and their products with the learned atoms."""
+        dictionary, scale = self._dictionary_on(x.device)
+        if dictionary is None:
+            return x
+        if scale is None:
+            products = x @ dictionary
+        else:
+            products = ops.packed_gemm(
+                x,
+                None,
+                dictionary.view(torch.uint8),
+                self.in_features,
+                "int8",
+                scale.unsqueeze(1),
+                0,
+                None,
+            )
+        return torch.cat((x, products), dim=-1) if self.n_identity else products
+
+    def _dictionary_on(
+        self, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        owner = self.leader
+        dictionary, scale = owner.dictionary, owner.dictionary_scale
+        # Layers of a model may be spread over devices, and then a member over its leader's.
+        if self._leader and dictionary is not None and dictionary.device != device:
+            if dictionary.is_meta:
+                raise InputError(
+                    "a shared dictionary is off-loaded while a layer on another device uses it: "
+                    "put all layers that share it on one device of the device_map"
+                )
+            dictionary = dictionary.to(device)
+            scale = None if scale is None else scale.to(device)
+        return dictionary, scale
 
     def freeze(self) -> None:
         """Exclude the tensors from gradients; transformers' loader makes trainable ones."""
@@ -134,11 +253,60 @@ class CospadiLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe sizes for ``print(model)``."""
-        n_atoms, sparsity = self.dictionary.shape[1], self.coeffs.shape[1]
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, n_atoms={n_atoms}, "
-            f"sparsity={sparsity}, bias={self.bias is not None}"
+        spec = self.spec
+        text = (
+            f"in_features={spec.d_in}, out_features={spec.d_out}, n_atoms={spec.n_atoms}, "
+            f"sparsity={spec.sparsity}, bias={spec.bias}"
         )
+        if spec.n_identity:
+            text += f", n_identity={spec.n_identity}"
+        if spec.is_packed:
+            text += f", coeffs={spec.coeffs_dtype}"
+        return text if spec.owns_dictionary else f"{text}, shared dictionary"
+
+
+def build_layers(
+    factors: Mapping[str, SparseFactor],
+    leaders: Mapping[str, str],
+    *,
+    layer_types: Mapping[str, LayerType] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, CospadiLinear]:
+    """Build the layers of several factors, members with their leaders.
+
+    Parameters
+    ----------
+    factors : mapping of str to SparseFactor
+        By module name.
+    leaders : mapping of str to str
+        Name of the leader by that of each member.
+    layer_types : mapping of str to str, optional
+        As in `CospadiLinear`; ``"linear"`` where a name is missing.
+    dtype : torch.dtype, optional
+        As in `CospadiLinear.from_factor`.
+
+    Returns
+    -------
+    dict of str to CospadiLinear
+        In the order of `factors`.
+
+    Raises
+    ------
+    InputError
+        If a leader is missing, is a member itself, or has another dictionary than its member expects.
+    """
+    for name, leader in leaders.items():
+        if leader not in factors or leader in leaders:
+            raise InputError(f"{name}: its leader {leader} owns no dictionary among the factors")
+    layers: dict[str, CospadiLinear] = {}
+    for name in sorted(factors, key=leaders.__contains__):  # leaders first
+        layers[name] = CospadiLinear.from_factor(
+            factors[name],
+            dtype=dtype,
+            layer_type=(layer_types or {}).get(name, "linear"),
+            leader=layers[leaders[name]] if name in leaders else None,
+        )
+    return {name: layers[name] for name in factors}
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CospadiLinear]:
@@ -184,7 +352,7 @@ def convert_to_compressed(
         Names, sizes and kinds. A name also matches with the model's ``base_model_prefix`` removed
         or added, so that the headless model of an architecture loads as well.
     dtype : torch.dtype, optional
-        Type of dictionaries and biases; by default that of the replaced weight.
+        Type of floating-point dictionaries and biases; by default that of the replaced weight.
 
     Returns
     -------
@@ -197,19 +365,28 @@ def convert_to_compressed(
         If a named module is absent, is not a linear layer, or has other sizes; nothing has been
         replaced then.
     """
-    layers: dict[str, nn.Module] = {}
-    entries: dict[str, ModuleEntry] = {}
-    for stored_name, entry in data.modules.items():
-        name, dense = _find(model, stored_name)
-        weight = _checked_weight(dense, entry, stored_name)
-        entries[name] = entry
-        layers[name] = CospadiLinear(
+    found = {stored: _find(model, stored) for stored in data.modules}
+    weights = {
+        stored: _checked_weight(dense, data.modules[stored], stored)
+        for stored, (_, dense) in found.items()
+    }
+    layers: dict[str, CospadiLinear] = {}
+    for stored in sorted(data.modules, key=lambda name: data.modules[name].leader is not None):
+        entry, weight = data.modules[stored], weights[stored]
+        layers[stored] = CospadiLinear(
             entry.spec,
             device=weight.device,
             dtype=weight.dtype if dtype is None else dtype,
             layer_type=entry.layer_type,
+            leader=None if entry.leader is None else layers[entry.leader],
         )
-    replace_modules(model, layers)
+    replace_modules(model, {found[stored][0]: layer for stored, layer in layers.items()})
+    entries = {
+        found[stored][0]: replace(
+            entry, leader=None if entry.leader is None else found[entry.leader][0]
+        )
+        for stored, entry in data.modules.items()
+    }
     return replace(data, modules=entries)
 
 
@@ -227,29 +404,70 @@ def describe_modules(
     model : torch.nn.Module
         A model with at least one `CospadiLinear`.
     dtype : torch.dtype, optional
-        Storage type of dictionaries and coefficients; by default the type that they have in memory.
+        Storage type of floating-point dictionaries and coefficients; by default the type that they
+        have in memory. Integers and packed coefficients stay as they are.
     ratio, producer : dict, optional
         Informative parts of the config.
 
     Raises
     ------
     InputError
-        If nothing in the model is compressed.
+        If nothing in the model is compressed, or a member's leader is not in the model.
     """
     layers = compressed_modules(model)
     if not layers:
         raise InputError("the model holds no compressed layer")
-    entries = {name: ModuleEntry(m.spec, m.layer_type) for name, m in layers.items()}
-    if dtype is not None:
-        stored = dtype_name(dtype)
-        for name, entry in entries.items():
-            spec = replace(entry.spec, dictionary_dtype=stored, coeffs_dtype=stored)
-            entries[name] = replace(entry, spec=spec)
+    names = {layer: name for name, layer in layers.items()}
+    entries: dict[str, ModuleEntry] = {}
+    for name, layer in layers.items():
+        if layer.leader not in names:
+            raise InputError(f"{name}: the layer that owns its dictionary is not in the model")
+        spec = layer.spec
+        if dtype is not None:
+            spec = _stored_in(spec, dtype_name(dtype))
+        leader = None if spec.owns_dictionary else names[layer.leader]
+        entries[name] = ModuleEntry(spec, layer.layer_type, leader)
     return CospadiConfigData(entries, ratio=ratio or {}, producer=producer or {})
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _stored_in(spec: FactorSpec, dtype: str) -> FactorSpec:
+    """Return `spec` with another floating-point type of dictionary and coefficients."""
+    has_float_atoms = spec.n_atoms > 0 and spec.dictionary_dtype in STORAGE_DTYPES
+    return replace(
+        spec,
+        dictionary_dtype=dtype if has_float_atoms else spec.dictionary_dtype,
+        coeffs_dtype=spec.coeffs_dtype if spec.is_packed else dtype,
+    )
+
+
+def _activation_dtype(spec: FactorSpec) -> torch.dtype:
+    stored = spec.dictionary_dtype if spec.n_atoms else spec.coeffs_dtype
+    return STORAGE_DTYPES.get(stored, torch.bfloat16)
+
+
+def _check_leader(spec: FactorSpec, leader: CospadiLinear | None) -> None:
+    if spec.owns_dictionary != (leader is None):
+        raise InputError(
+            "leader: expected the layer that owns the dictionary for a spec that does not own it, "
+            f"and None for one that does, got {'None' if leader is None else 'a layer'}"
+        )
+    if leader is None:
+        return
+    theirs = leader.spec
+    if not theirs.owns_dictionary:
+        raise InputError("leader: expected the layer that owns the dictionary, got a member")
+    for key in ("d_in", "n_atoms", "n_identity"):
+        if getattr(spec, key) != getattr(theirs, key):
+            raise InputError(
+                f"leader: expected {key} = {getattr(spec, key)}, got {getattr(theirs, key)}"
+            )
+    if spec.dictionary_dtype != theirs.dictionary_dtype and not (
+        spec.dictionary_dtype in STORAGE_DTYPES and theirs.dictionary_dtype in STORAGE_DTYPES
+    ):
+        raise InputError(
+            f"leader: expected a dictionary of {spec.dictionary_dtype}, "
+            f"got {theirs.dictionary_dtype}"
+        )
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:

@@ -148,6 +148,18 @@ def source_shapes(
     return SourceShapes(model.eval(), config, location.name, location.kind)
 
 
+def source_fingerprint(
+    name_or_path: str | Path, *, gguf_file: str | None = None, revision: str | None = None
+) -> str:
+    """Return the `SourceModel.fingerprint` of a model without loading it.
+
+    Parameters and errors are those of `open_source`, as far as finding the files goes.
+    """
+    return _fingerprint(
+        resolve(name_or_path, gguf_file=gguf_file, revision=revision, with_weights=True)
+    )
+
+
 def _load_config(location: Location, stored: WeightCount | None) -> PretrainedConfig:
     from transformers import AutoConfig
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,17 @@ import torch
 
 from cospadi import __version__, native
 from cospadi.calibration.data import CalibrationSet, load_calibration
-from cospadi.calibration.statistics import ActivationGram, collect_grams
 from cospadi.checkpoint.format import FORMAT_VERSION
-from cospadi.errors import CudaUnavailableError, FitError, InputError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor
-from cospadi.learn.fit import FitReport, fit_module
-from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
-from cospadi.model.discover import Skipped, TargetLinear, discover, weight_of
+from cospadi.errors import CudaUnavailableError, InputError
+from cospadi.model.discover import Skipped, discover
 from cospadi.model.source import SourceModel, open_source
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.finalize import write_output
-from cospadi.pipeline.plan import ModulePlan, Plan, make_plan
+from cospadi.pipeline.grams import GramSource
+from cospadi.pipeline.job import Job
+from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.similarity import groups_by_similarity
 from cospadi.pipeline.workdir import WorkDir
 from cospadi.versions import versions
 
@@ -48,6 +45,8 @@ class CompressResult:
         Names among them that should have been compressed: the result is partial.
     seconds : float
         Wall time of the whole job.
+    calibration_seconds : float
+        Part of it that went into activations.
     """
 
     out_dir: Path
@@ -56,6 +55,7 @@ class CompressResult:
     dense: tuple[Skipped, ...]
     failed: tuple[str, ...]
     seconds: float
+    calibration_seconds: float = 0.0
 
 
 def compress(
@@ -65,6 +65,7 @@ def compress(
     *,
     device: str = "cpu",
     num_threads: int | None = None,
+    gram_cache: str | Path | None = None,
     listener: Listener | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> CompressResult:
@@ -83,6 +84,8 @@ def compress(
         Where the fits run. This version computes on the CPU.
     num_threads : int, optional
         Threads of torch and of the native kernels.
+    gram_cache : str or Path, optional
+        Folder that keeps activation Grams, for several compressions of one model with one calibration set.
     listener : callable, optional
         Receives every event as a dict (see `cospadi.pipeline.events`).
 
@@ -110,18 +113,26 @@ def compress(
     targets, skipped = discover(
         source.model, targets=recipe.targets or None, ignore=recipe.ignore or None
     )
-    plan = make_plan(targets, skipped, recipe)
     calibration = _load_calibration(recipe, source)
     work = WorkDir(
         out_dir.with_name(out_dir.name + ".work"), _run_settings(source, calibration, recipe)
     )
     with EventLog(out_dir.with_name(out_dir.name + ".log.jsonl"), listener) as log:
+        grams, groups = None, None
+        by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
+        if calibration is not None:
+            # the search for similar layers reads all Grams, the fits read them again
+            folder = gram_cache or (work.path / "grams" if by_similarity else None)
+            grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
+        if by_similarity:
+            groups = groups_by_similarity(source, targets, recipe, grams)
+        plan = make_plan(targets, skipped, recipe, groups=groups)
         log.emit(
             "start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe)
         )
         for item in plan.dense:
             log.emit("dense", module=item.name, reason=item.reason)
-        job = _Job(source, {t.name: t for t in targets}, plan, recipe, calibration, work, log)
+        job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, work, log)
         job.run()
         result = CompressResult(
             out_dir=out_dir,
@@ -130,6 +141,7 @@ def compress(
             dense=(*plan.dense, *job.failed),
             failed=tuple(item.name for item in job.failed),
             seconds=time.perf_counter() - start,
+            calibration_seconds=job.calibration_seconds,
         )
         write_output(source, job.factors, result, recipe, calibration, versions())
         work.remove()
@@ -165,8 +177,8 @@ def _check_device(device: str) -> None:
 
 
 def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | None:
-    """Calibration windows; None for the data-free method, whose reported errors need no text either."""
-    if recipe.method == "svd":
+    """Calibration windows; None where nothing uses them."""
+    if not recipe.uses_calibration:
         return None
     return load_calibration(
         recipe.calibration,
@@ -195,8 +207,7 @@ def _describe(plan: Plan, calibration: CalibrationSet | None, recipe: Recipe) ->
         "ratio": recipe.ratio,
         "ratio_convention": recipe.ratio_convention,
         "n_modules": len(plan.modules),
-        "stored_ratio": plan.stored_ratio,
-        "values_ratio": plan.values_ratio,
+        "removed": plan.ratio,
         "total_cost": sum(module.cost for module in plan.modules),
         "calibration": calibration.description if calibration else "none",
         "calibration_sha256": calibration.sha256 if calibration else None,
@@ -204,145 +215,3 @@ def _describe(plan: Plan, calibration: CalibrationSet | None, recipe: Recipe) ->
         "isa": native.runtime_info()["isa"],
         "versions": versions(),
     }
-
-
-class _Job:
-    """State of one run: the fits, in the order the Grams come."""
-
-    def __init__(
-        self,
-        source: SourceModel,
-        targets: dict[str, TargetLinear],
-        plan: Plan,
-        recipe: Recipe,
-        calibration: CalibrationSet | None,
-        work: WorkDir,
-        log: EventLog,
-    ) -> None:
-        self.source = source
-        self.targets = targets
-        self.recipe = recipe
-        self.calibration = calibration
-        self.work = work
-        self.log = log
-        self.planned = {module.name: module for module in plan.modules}
-        self.factors: dict[str, SparseFactor] = {}
-        self.reports: dict[str, dict[str, Any]] = {}
-        self.failed: list[Skipped] = []
-        self._finished: dict[str, tuple[SparseFactor, dict[str, Any]]] = {}
-
-    def run(self) -> None:
-        """Fit every planned module that is not finished yet."""
-        for name in self.planned:
-            stored = self.work.load(name)
-            if stored is not None:
-                self._finished[name] = stored
-        if self._finished:
-            self.log.emit("resume", n_finished=len(self._finished), n_modules=len(self.planned))
-        for name, (factor, report) in self._finished.items():
-            self._accept(name, factor, report)
-        for statistics in self._statistics():
-            whitening = self._whiten(statistics)
-            for name in statistics.members:
-                self._fit(self.planned[name], statistics, whitening)
-
-    def _statistics(self) -> Iterator[ActivationGram]:
-        pending = [self.targets[name] for name in self.planned if name not in self._finished]
-        if not pending:
-            return
-        if self.calibration is None:
-            for target in pending:
-                eye = torch.eye(target.d_in, dtype=torch.float64)
-                yield ActivationGram(gram=eye, n_tokens=0, n_nonfinite=0, members=[target.name])
-            return
-        limit = self.recipe.max_gram_gb
-        passes = collect_grams(
-            self.source.model,
-            pending,
-            self.calibration.ids,
-            batch_size=self.recipe.batch_size,
-            max_gram_bytes=None if limit is None else int(limit * 2**30),
-            progress=lambda done, total: self.log.progress("calibration", done=done, total=total),
-        )
-        for finished in passes:
-            grams = finished.grams
-            self.log.emit(
-                "calibrated",
-                index=finished.index,
-                n_passes=finished.n_passes,
-                n_grams=len(grams),
-                seconds=round(finished.seconds, 2),
-            )
-            while grams:
-                # let go of each Gram as soon as its modules are done
-                yield grams.pop(next(iter(grams)))
-
-    def _whiten(self, statistics: ActivationGram) -> Whitening | WhiteningError:
-        name = statistics.members[0]
-        if self.calibration is None:
-            return identity_whitening(statistics.gram.shape[0])
-        try:
-            return whiten_gram(statistics.gram, name)
-        except WhiteningError as error:
-            return error
-
-    def _fit(
-        self, plan: ModulePlan, statistics: ActivationGram, whitening: Whitening | WhiteningError
-    ) -> None:
-        if isinstance(whitening, WhiteningError):
-            self._keep_dense(plan, str(whitening))
-            return
-        target = self.targets[plan.name]
-        weight, bias = weight_of(self.source.model, target)
-        try:
-            factor, report = fit_module(
-                plan.name,
-                weight,
-                bias,
-                statistics.gram,
-                whitening,
-                method=self.recipe.method,
-                n_atoms=plan.n_atoms,
-                sparsity=plan.sparsity,
-                options=self.recipe.learn_options(),
-                storage_dtype=STORAGE_DTYPES[self.recipe.storage_dtype],
-                progress=lambda stats: self.log.progress(
-                    "iteration", module=plan.name, **dataclasses.asdict(stats)
-                ),
-            )
-        except FitError as error:
-            self._keep_dense(plan, str(error))
-            return
-        data = _report_data(report)
-        self.work.store(plan.name, factor, data)
-        self._accept(plan.name, factor, data)
-
-    def _accept(self, name: str, factor: SparseFactor, report: dict[str, Any]) -> None:
-        plan = self.planned[name]
-        self.factors[name] = factor
-        self.reports[name] = report
-        self.log.emit(
-            "module",
-            module=name,
-            index=len(self.factors) + len(self.failed),
-            total=len(self.planned),
-            d_in=plan.d_in,
-            d_out=plan.d_out,
-            n_atoms=plan.n_atoms,
-            sparsity=plan.sparsity,
-            cost=plan.cost,
-            resumed=name in self._finished,
-            **report,
-        )
-
-    def _keep_dense(self, plan: ModulePlan, reason: str) -> None:
-        """A failed matrix never loses the run: it stays dense, is reported, and the result is partial."""
-        self.failed.append(Skipped(plan.name, (plan.d_out, plan.d_in), reason))
-        self.log.emit("failed", module=plan.name, reason=reason, cost=plan.cost)
-
-
-def _report_data(report: FitReport) -> dict[str, Any]:
-    data = dataclasses.asdict(report)
-    # JSON turns tuples into lists; do it here so that a resumed run holds equal data
-    plain: dict[str, Any] = json.loads(json.dumps(data))
-    return plain

@@ -10,7 +10,7 @@ from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
 from cospadi.checkpoint.writer import write_checkpoint
 from cospadi.factor import STORAGE_DTYPES, SparseFactor
-from cospadi.model.layers import CospadiLinear, replace_modules
+from cospadi.model.layers import build_layers, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.recipe import Recipe
 
@@ -32,14 +32,20 @@ def write_output(
 ) -> None:
     """Swap the factors into the model and write it with recipe, report and model card."""
     planned = {module.name: module for module in result.plan.modules}
+    leaders = {
+        name: planned[name].leader
+        for name, factor in factors.items()
+        if not factor.spec.owns_dictionary
+    }
     entries = {
-        name: ModuleEntry(factor.spec, planned[name].layer_type) for name, factor in factors.items()
+        name: ModuleEntry(factor.spec, planned[name].layer_type, leaders.get(name))
+        for name, factor in factors.items()
     }
     data = CospadiConfigData(
         modules=entries,
         producer={"cospadi": __version__, "method": recipe.method},
     )
-    data.ratio = {"stored": data.stored_ratio(), "values": data.values_ratio()}
+    data.ratio = data.removed_shares()
     report = {
         "report_version": REPORT_VERSION,
         "source": {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint},
@@ -53,6 +59,7 @@ def write_output(
         },
         "versions": versions,
         "seconds": round(result.seconds, 2),
+        "calibration_seconds": round(result.calibration_seconds, 2),
         "ratio": data.ratio,
         "modules": result.reports,
         "dense": [
@@ -63,10 +70,9 @@ def write_output(
     }
     replace_modules(
         source.model,
-        {
-            name: CospadiLinear.from_factor(factor, layer_type=planned[name].layer_type)
-            for name, factor in factors.items()
-        },
+        build_layers(
+            factors, leaders, layer_types={name: planned[name].layer_type for name in factors}
+        ),
     )
     write_checkpoint(
         source.model,
@@ -106,8 +112,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | compressed linears | {len(data.modules)} |
-| removed, stored bytes with mask | {data.stored_ratio():.2%} of the compressed linears |
-| removed, values only | {data.values_ratio():.2%} of the compressed linears |
+| removed, bytes as stored | {data.ratio["stored"]:.2%} of the compressed linears |
+| removed, values only | {data.ratio["values"]:.2%} of the compressed linears |
+| removed, 16-bit values and mask (CoSpaDi Eq. 10) | {data.ratio["mask16"]:.2%} of the compressed linears |
+| removed, 14-bit coefficients and mask (Eq. 11) | {data.ratio["mask14"]:.2%} of the compressed linears |
 | calibration | {text} |
 | stayed dense after a failure | {", ".join(report["failed"]) or "none"} |
 

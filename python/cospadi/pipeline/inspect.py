@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
+from cospadi.factor import removed_shares
 from cospadi.pipeline.finalize import REPORT_FILE
 
 BF16_BYTES = 2
@@ -30,10 +32,12 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``modules``: per module d_in, d_out, n_atoms, sparsity, support, stored_bytes, file_bytes,
-        relative_error (None if not reported), weight_error, seconds. ``bytes`` and ``ratio`` for
-        ``linears`` (the compressed ones) and ``model``; a ratio is the removed share of values (mask not
-        counted), of stored bytes (mask counted, from the sizes), and of file bytes (what the files
+        ``modules``: per module sizes and storage types, ``dictionary`` (name of the module whose
+        dictionary it uses, None for its own: the bytes below then leave the dictionary to that
+        module), stored_bytes, file_bytes, relative_error (None if not reported), weight_error, seconds.
+        ``bytes`` and ``ratio`` for ``linears`` (the compressed ones) and ``model``; a ratio is the
+        removed share of values (mask not counted), by the paper's Eq. 10 (``mask16``) and Eq. 11
+        (``mask14``), of stored bytes (mask counted, from the sizes), and of file bytes (what the files
         really hold; for the model headers included), each against bf16.
 
     Raises
@@ -55,7 +59,12 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
             "d_out": spec.d_out,
             "n_atoms": spec.n_atoms,
             "sparsity": spec.sparsity,
+            "n_identity": spec.n_identity,
             "support": spec.support,
+            "dictionary_dtype": spec.dictionary_dtype,
+            "coeffs_dtype": spec.coeffs_dtype,
+            "coeffs_group": spec.coeffs_group,
+            "dictionary": entry.leader,
             "layer_type": entry.layer_type,
             "dictionary_shape": [spec.d_in, spec.n_atoms],
             "coeffs_shape": [spec.d_out, spec.sparsity],
@@ -88,20 +97,16 @@ def _file_bytes(checkpoint: CompressedCheckpoint, module: str) -> int:
 
 
 def _ratios(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
-    specs = {name: entry.spec for name, entry in checkpoint.data.modules.items()}
-    dense = sum(spec.dense_bits for spec in specs.values()) // 8
-    stored = sum(spec.stored_bytes for spec in specs.values())
-    in_files = sum(_file_bytes(checkpoint, name) for name in specs)
-    dense_values = sum(spec.d_in * spec.d_out for spec in specs.values())
-    kept_values = sum(spec.n_values for spec in specs.values())
+    specs = [entry.spec for entry in checkpoint.data.modules.values()]
+    dense = sum(spec.dense_bits for spec in specs) // 8
+    stored = sum(spec.stored_bytes for spec in specs)
+    in_files = sum(_file_bytes(checkpoint, name) for name in checkpoint.data.modules)
     compressed = set(checkpoint.data.expected_tensors())
-    other_values = 0
-    for name, info in checkpoint.tensors.items():
-        if name not in compressed or name.endswith(".bias"):
-            count = 1
-            for size in info.shape:
-                count *= size
-            other_values += count
+    other_values = sum(
+        prod(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name not in compressed or name.endswith(".bias")
+    )
     model_dense = dense + BF16_BYTES * other_values
     return {
         "bytes": {
@@ -113,14 +118,9 @@ def _ratios(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
             },
         },
         "ratio": {
-            "linears": {
-                "values": 1.0 - kept_values / dense_values,
-                "stored": 1.0 - stored / dense,
-                "file": 1.0 - in_files / dense,
-            },
+            "linears": {**removed_shares(specs), "file": 1.0 - in_files / dense},
             "model": {
-                "values": 1.0 - (kept_values + other_values) / (dense_values + other_values),
-                "stored": 1.0 - (stored + BF16_BYTES * other_values) / model_dense,
+                **removed_shares(specs, other_values),
                 "file": 1.0 - checkpoint.file_bytes / model_dense,
             },
         },

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cospadi.checkpoint.format import LayerType
 from cospadi.errors import InputError
-from cospadi.factor import FactorSpec, Support
-from cospadi.learn.budget import low_rank_size, sparse_size
+from cospadi.factor import FactorSpec, Support, removed_shares
+from cospadi.learn.budget import StorageWidths
+from cospadi.learn.grouping import groups_by_position as consecutive
+from cospadi.learn.methods import factor_size
+from cospadi.learn.quantize import INTEGER_BITS, StorageTypes
 from cospadi.model.discover import Skipped, TargetLinear, match_names
 from cospadi.pipeline.recipe import Override, Recipe
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What one linear becomes."""
+    """What one linear becomes.
+
+    Attributes
+    ----------
+    leader : str
+        Module that owns the dictionary: the own name, unless a group shares one.
+    n_identity, n_atoms : int
+        Identity atoms and learned atoms.
+    dictionary_dtype, coeffs_dtype, coeffs_group
+        Storage types; float32 is counted as a 16-bit type, because ratios compare with a 16-bit model.
+    """
 
     name: str
     layer_type: LayerType
@@ -27,10 +41,15 @@ class ModulePlan:
     n_atoms: int
     sparsity: int
     support: Support
+    leader: str
+    n_identity: int = 0
+    dictionary_dtype: str = "bfloat16"
+    coeffs_dtype: str = "bfloat16"
+    coeffs_group: int = 0
 
     @property
     def spec(self) -> FactorSpec:
-        """Sizes and bits of the stored form in 16-bit values."""
+        """Sizes and bits of the stored form."""
         return FactorSpec(
             d_in=self.d_in,
             d_out=self.d_out,
@@ -38,12 +57,17 @@ class ModulePlan:
             sparsity=self.sparsity,
             support=self.support,
             bias=self.bias,
+            n_identity=self.n_identity,
+            dictionary_dtype=self.dictionary_dtype,
+            coeffs_dtype=self.coeffs_dtype,
+            coeffs_group=self.coeffs_group,
+            owns_dictionary=self.leader == self.name or not self.n_atoms,
         )
 
     @property
     def cost(self) -> float:
         """Work estimate (flops of one coding), used for the ETA only."""
-        if self.support == "full":
+        if self.support == "full" or self.n_identity:
             return 2.0 * self.d_in * self.d_out * min(self.d_in, self.d_out)
         greedy = 2.0 * self.d_out * self.n_atoms * self.sparsity**2
         update = 24.0 * self.d_in * self.d_out * self.n_atoms
@@ -58,6 +82,14 @@ class Plan:
     dense: tuple[Skipped, ...]
 
     @property
+    def groups(self) -> dict[str, tuple[ModulePlan, ...]]:
+        """Modules by the leader whose dictionary they use, in model order; most are alone."""
+        groups: dict[str, list[ModulePlan]] = defaultdict(list)
+        for module in self.modules:
+            groups[module.leader].append(module)
+        return {leader: tuple(members) for leader, members in groups.items()}
+
+    @property
     def dense_bits(self) -> int:
         """Bits of the planned linears in bf16."""
         return sum(module.spec.dense_bits for module in self.modules)
@@ -68,15 +100,9 @@ class Plan:
         return sum(module.spec.stored_bits for module in self.modules)
 
     @property
-    def stored_ratio(self) -> float:
-        """Removed share of the stored bytes of the planned linears."""
-        return 1.0 - self.stored_bits / self.dense_bits
-
-    @property
-    def values_ratio(self) -> float:
-        """Removed share of the values of the planned linears, mask not counted."""
-        kept = sum(module.spec.n_values for module in self.modules)
-        return 1.0 - kept / sum(module.d_in * module.d_out for module in self.modules)
+    def ratio(self) -> dict[str, float]:
+        """Removed shares of the planned linears in every convention, see `cospadi.factor.removed_shares`."""
+        return removed_shares(module.spec for module in self.modules)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for ``plan --json``."""
@@ -90,68 +116,159 @@ class Plan:
                 for module in self.modules
             ],
             "left_dense": [asdict(item) for item in self.dense],
-            "ratio": {"stored": self.stored_ratio, "values": self.values_ratio},
+            "ratio": self.ratio,
             "stored_bytes": self.stored_bits // 8,
             "dense_bytes": self.dense_bits // 8,
         }
 
 
-def make_plan(targets: Sequence[TargetLinear], skipped: Sequence[Skipped], recipe: Recipe) -> Plan:
+def make_plan(
+    targets: Sequence[TargetLinear],
+    skipped: Sequence[Skipped],
+    recipe: Recipe,
+    *,
+    groups: Sequence[Sequence[str]] | None = None,
+) -> Plan:
     """Sizes of every target under the recipe.
+
+    Parameters
+    ----------
+    targets, skipped
+        From `cospadi.model.discover.discover`.
+    recipe : Recipe
+        Settings.
+    groups : sequence of sequences of str, optional
+        Modules that share a dictionary, each group in model order; by default neighbouring layers as the recipe says.
 
     Raises
     ------
     InputError
-        An override matches nothing, or nothing is left to compress.
+        An override or a group target matches nothing, or nothing is left to compress.
     """
     names = [target.name for target in targets]
     for override in recipe.overrides:
         match_names(override.match, names, argument="overrides")
-    modules: list[ModulePlan] = []
-    dense = list(skipped)
+    if groups is None:
+        groups = groups_by_position(targets, recipe)
+    by_name = {target.name: target for target in targets}
+    grouped = {name: group for group in groups for name in group}
+    planned: dict[str, ModulePlan | Skipped] = {}
     for target in targets:
-        module = _plan_module(target, recipe)
-        if isinstance(module, ModulePlan):
-            modules.append(module)
-        else:
-            dense.append(module)
+        if target.name not in planned:
+            members = [by_name[name] for name in grouped.get(target.name, (target.name,))]
+            planned |= _plan_group(members, recipe)
+    modules = tuple(p for t in targets if isinstance(p := planned[t.name], ModulePlan))
+    dense = [p for t in targets if isinstance(p := planned[t.name], Skipped)]
     if not modules:
         raise InputError("nothing to compress: every target stays dense under these settings")
-    return Plan(tuple(modules), tuple(dense))
+    return Plan(modules, (*skipped, *dense))
 
 
-def _plan_module(target: TargetLinear, recipe: Recipe) -> ModulePlan | Skipped:
-    ratio, k_over_s, is_dense = _settings(target.name, recipe)
-    shape = (target.d_out, target.d_in)
-    if is_dense:
-        return Skipped(target.name, shape, "kept dense by an override")
-    if recipe.method == "cospadi":
-        n_atoms, sparsity = sparse_size(
-            target.d_in,
-            target.d_out,
-            ratio,
-            k_over_s=k_over_s,
-            convention=recipe.ratio_convention,
+def groups_by_position(targets: Sequence[TargetLinear], recipe: Recipe) -> list[tuple[str, ...]]:
+    """Groups of ``recipe.group_size`` neighbouring layers for every projection that may share.
+
+    Layers with other settings (an override) do not share with those beside them; what is left over at the end makes a
+    smaller group.
+
+    Raises
+    ------
+    InputError
+        The recipe wants groups and no projection may share.
+    """
+    if recipe.group_size == 1:
+        return []
+    return [
+        tuple(run[i] for i in members)
+        for run in sharing_runs(targets, recipe)
+        for members in consecutive(len(run), recipe.group_size)
+        if len(members) > 1
+    ]
+
+
+def sharing_runs(targets: Sequence[TargetLinear], recipe: Recipe) -> list[list[str]]:
+    """Modules that may share dictionaries with one another: one projection in all layers with the same settings.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    found = [
+        target
+        for target in targets
+        if any(re.fullmatch(pattern, target.name) for pattern in recipe.group_targets)
+        and not _settings(target.name, recipe)[2]
+    ]
+    if not found:
+        raise InputError(
+            f"group_targets: {', '.join(recipe.group_targets)} matches none of the {len(targets)} linears"
         )
-        support: Support = "mask"
-    else:
-        n_atoms = sparsity = low_rank_size(target.d_in, target.d_out, ratio)
-        support = "full"
-    if sparsity < 1:
-        return Skipped(target.name, shape, f"too small: nothing fits at ratio {ratio}")
-    plan = ModulePlan(
-        name=target.name,
-        layer_type=target.layer_type,
-        d_in=target.d_in,
-        d_out=target.d_out,
-        bias=target.has_bias,
-        n_atoms=n_atoms,
-        sparsity=sparsity,
-        support=support,
+    runs: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for target in found:
+        key = (target.projection, target.d_in, _settings(target.name, recipe))
+        runs[key].append(target.name)
+    return list(runs.values())
+
+
+def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, ModulePlan | Skipped]:
+    first = members[0]
+    ratio, k_over_s, is_dense = _settings(first.name, recipe)
+
+    def skip(reason: str) -> dict[str, ModulePlan | Skipped]:
+        return {m.name: Skipped(m.name, (m.d_out, m.d_in), reason) for m in members}
+
+    if is_dense:
+        return skip("kept dense by an override")
+    types = recipe.storage_types()
+    size = factor_size(
+        recipe.method,
+        first.d_in,
+        sum(member.d_out for member in members),
+        ratio,
+        k_over_s=k_over_s,
+        convention=recipe.ratio_convention,
+        widths=storage_widths(types),
     )
-    if plan.spec.stored_bits >= plan.spec.dense_bits:
-        return Skipped(target.name, shape, f"would not get smaller at ratio {ratio}")
-    return plan
+    if size.sparsity < 1:
+        return skip(f"too small: nothing fits at ratio {ratio}")
+    plans = [
+        ModulePlan(
+            name=member.name,
+            layer_type=member.layer_type,
+            d_in=member.d_in,
+            d_out=member.d_out,
+            bias=member.has_bias,
+            n_atoms=size.n_atoms,
+            sparsity=size.sparsity,
+            support="full" if size.full_support else "mask",
+            leader=first.name if size.n_atoms else member.name,
+            n_identity=size.n_identity,
+            dictionary_dtype=_counted(types.dictionary) if size.n_atoms else "bfloat16",
+            coeffs_dtype=_counted(types.coeffs),
+            coeffs_group=types.coeffs_group,
+        )
+        for member in members
+    ]
+    stored = sum(plan.spec.stored_bits for plan in plans)
+    if stored >= sum(plan.spec.dense_bits for plan in plans):
+        return skip(f"would not get smaller at ratio {ratio}")
+    return {plan.name: plan for plan in plans}
+
+
+def storage_widths(types: StorageTypes) -> StorageWidths:
+    """Bits that storage types cost; every floating type counts as 16 bits, see `ModulePlan`."""
+    bits = {"bfloat14": 14, **INTEGER_BITS}
+    return StorageWidths(
+        coeffs=bits.get(types.coeffs, 16),
+        coeffs_scaled=types.coeffs in INTEGER_BITS,
+        coeffs_group=types.coeffs_group,
+        dictionary=bits.get(types.dictionary, 16),
+        dictionary_scaled=types.dictionary in INTEGER_BITS,
+    )
+
+
+def _counted(dtype: str) -> str:
+    return "bfloat16" if dtype == "float32" else dtype
 
 
 def _settings(name: str, recipe: Recipe) -> tuple[float, float, bool]:

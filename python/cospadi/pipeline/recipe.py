@@ -8,17 +8,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
 from cospadi.learn.budget import RatioConvention, check_ratio
-from cospadi.learn.fit import METHODS, Method
-from cospadi.learn.options import Init, LearnOptions, Solver, Unused
+from cospadi.learn.group import GroupObjective
+from cospadi.learn.methods import METHODS
+from cospadi.learn.options import Init, LearnOptions, Solver, Unused, Update
+from cospadi.learn.quantize import INTEGER_BITS, Rounding, StorageTypes
+from cospadi.pipeline.presets import PRESETS
 
 RECIPE_VERSION = 1
+
+Grouping = Literal["position", "similarity"]
+
+SHARED_PROJECTIONS = (
+    r".*\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|gate_proj|up_proj|gate_up_proj|c_fc|fc1)",
+)
+"""Projections that share a dictionary where nothing else is asked for: those that read the residual stream, as in Basis
+Sharing (arXiv 2410.03765). Those that write to it (o, down) do not share."""
+
+NO_CALIBRATION = "none"
+"""The data-free mode: every input direction counts alike."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +54,40 @@ class Recipe:
 
     Attributes
     ----------
-    method : {"cospadi", "svd-llm", "svd"}
-        Sparse dictionary, whitened truncated SVD, plain truncated SVD.
+    method : str
+        Key of `cospadi.learn.methods.METHODS`.
     ratio : float
-        Removed share of the compressed linears, in (0, 1).
+        Removed share of the compressed linears, in (0, 1). Methods without a ratio ignore it.
     ratio_convention : {"stored", "nominal"}
         Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
     k_over_s : float
         Atoms per coefficient of a column.
-    solver, iterations, power_iterations, init, block_size, sweeps, unused, tolerance
+    solver, iterations, power_iterations, update, init, block_size, sweeps, unused, tolerance, coding_batch
         See `cospadi.learn.options.LearnOptions`.
+    refit : bool
+        Least-squares refit of what is not rounded yet while factors are rounded; the paper does none.
+    group_size : int
+        Consecutive layers whose projections of one kind share a dictionary; 1: none share.
+    group_targets : tuple of str
+        Regular expressions on full module names: which projections may share.
+    group_objective : {"averaged", "exact"}
+        One Gram for the group (the paper), or every layer's own.
+    grouping : {"position", "similarity"}
+        Neighbouring layers, or the ones that are most alike.
     calibration : str
-        ``builtin``, a text, JSON-lines or safetensors file, a folder of text, or a hub data set.
+        ``builtin``, a text, JSON-lines or safetensors file, a folder of text, a hub data set, any of them with a range
+        of documents (``file.jsonl[:800]``), or ``none`` for the data-free mode.
     samples, sequence_length : int
         Calibration windows and tokens per window.
     batch_size : int
         Windows per forward pass.
+    measure_on_calibration : bool
+        Run the calibration text also for a method that does not use it, so that its errors are those of activations.
+    sequential : bool
+        Calibrate each layer on the outputs of the compressed layers before it; targets stay the original outputs.
+    shrinkage : float or None
+        With ``sequential``: share of the original weight in the target, 0 to 1; None chooses it per input on held-back
+        windows.
     seed : int
         Of the calibration sample and the random inits.
     targets, ignore : tuple of str
@@ -63,12 +95,20 @@ class Recipe:
     overrides : tuple of Override
         Per-module settings.
     storage_dtype : {"bfloat16", "float16", "float32"}
-        Type of the stored factors and of the rest of the checkpoint.
+        Type of all stored numbers that nothing else is said about.
+    coeffs_dtype : str or None
+        Type of the stored coefficients: a floating type, ``bfloat14``, ``int8``, ``int4``; None: `storage_dtype`.
+    coeffs_group : int
+        Coefficients that share a scale (integer types); 0: one scale per output.
+    coeffs_rounding : {"nearest", "truncate"}
+        Of ``bfloat14``; the paper truncates.
+    dictionary_dtype : str or None
+        Type of the stored dictionary: a floating type or ``int8``; None: `storage_dtype`.
     max_gram_gb : float or None
         Bound on the memory of activation Grams; more passes over the text if they do not fit.
     """
 
-    method: Method = "cospadi"
+    method: str = "cospadi"
     ratio: float = 0.2
     ratio_convention: RatioConvention = "stored"
     k_over_s: float = 2.0
@@ -80,23 +120,42 @@ class Recipe:
     sweeps: int = 3
     unused: Unused = "skip"
     tolerance: float = 2e-3
+    update: Update = "ksvd"
+    coding_batch: int = 0
+    refit: bool = True
+    group_size: int = 1
+    group_targets: tuple[str, ...] = SHARED_PROJECTIONS
+    group_objective: GroupObjective = "exact"
+    grouping: Grouping = "position"
     calibration: str = "builtin"
     samples: int = 64
     sequence_length: int = 1024
     batch_size: int = 4
+    measure_on_calibration: bool = False
+    sequential: bool = False
+    shrinkage: float | None = None
     seed: int = 42
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = field(default=())
     storage_dtype: str = "bfloat16"
+    coeffs_dtype: str | None = None
+    coeffs_group: int = 0
+    coeffs_rounding: Rounding = "nearest"
+    dictionary_dtype: str | None = None
     max_gram_gb: float | None = 8.0
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        _check_choice("method", self.method, METHODS)
+        _check_choice("method", self.method, tuple(METHODS))
         _check_choice("ratio_convention", self.ratio_convention, get_args(RatioConvention))
         _check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
-        for name in ("samples", "sequence_length", "batch_size"):
+        for name, kind in (("group_objective", GroupObjective), ("grouping", Grouping)):
+            _check_choice(name, getattr(self, name), get_args(kind))
+        for name in ("refit", "measure_on_calibration", "sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        for name in ("samples", "sequence_length", "batch_size", "group_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -110,14 +169,51 @@ class Recipe:
             raise InputError(f"seed: expected an integer in [0, 2^63), got {self.seed!r}")
         if not isinstance(self.calibration, str) or not self.calibration:
             raise InputError(f"calibration: expected a name or a path, got {self.calibration!r}")
-        for name in ("targets", "ignore"):
+        for name in ("targets", "ignore", "group_targets"):
             for pattern in getattr(self, name):
                 _check_pattern(name, pattern)
         for override in self.overrides:
             _check_pattern("overrides.match", override.match)
             if override.ratio is not None:
                 check_ratio(override.ratio)
+        self._check_combinations()
         self.learn_options()  # checks the rest
+
+    def _check_combinations(self) -> None:
+        method = METHODS[self.method]
+        if self.group_size > 1 and not method.can_share:
+            able = ", ".join(name for name, entry in METHODS.items() if entry.can_share)
+            raise InputError(f"group_size: {self.method} shares no dictionaries; {able} can")
+        if self.sequential and self.group_size > 1:
+            raise InputError(
+                "sequential: a group's layers are fitted together, before the later one's inputs are known; "
+                "use group_size 1"
+            )
+        if self.sequential and (not method.uses_calibration or self.calibration == NO_CALIBRATION):
+            raise InputError("sequential: needs calibration text and a method that uses it")
+        if self.shrinkage is not None and not 0.0 <= self.shrinkage <= 1.0:
+            raise InputError(f"shrinkage: expected 0 to 1, got {self.shrinkage!r}")
+        types = self.storage_types()
+        if method.form == "rounded" and types.coeffs not in INTEGER_BITS:
+            raise InputError(
+                f"coeffs_dtype: {self.method} needs an integer type, got {types.coeffs}"
+            )
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether any calibration text is run through the model."""
+        wanted = METHODS[self.method].uses_calibration or self.measure_on_calibration
+        return wanted and self.calibration != NO_CALIBRATION
+
+    def storage_types(self) -> StorageTypes:
+        """How dictionaries and coefficients are stored."""
+        default = "int8" if METHODS[self.method].form == "rounded" else self.storage_dtype
+        return StorageTypes(
+            dictionary=self.dictionary_dtype or self.storage_dtype,
+            coeffs=self.coeffs_dtype or default,
+            coeffs_group=self.coeffs_group,
+            rounding=self.coeffs_rounding,
+        )
 
     def learn_options(self) -> LearnOptions:
         """The learner's part of the recipe."""
@@ -129,6 +225,7 @@ class Recipe:
         data = dataclasses.asdict(self)
         data["targets"] = list(self.targets)
         data["ignore"] = list(self.ignore)
+        data["group_targets"] = list(self.group_targets)
         data["overrides"] = [
             {k: v for k, v in dataclasses.asdict(o).items() if v not in (None, False)}
             for o in self.overrides
@@ -143,6 +240,13 @@ class Recipe:
 def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """Build a recipe from plain data; unknown keys and wrong types are errors that name ``source``."""
     values = dict(data)
+    preset = values.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(
+                f"{source}: preset: expected one of {', '.join(PRESETS)}, got {preset!r}"
+            )
+        values = {**PRESETS[preset], **values}
     version = values.pop("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise InputError(f"{source}: recipe_version {version!r} is not {RECIPE_VERSION}")
@@ -152,7 +256,7 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise InputError(f"{source}: unknown setting {key!r}{hint}")
-    for key in ("targets", "ignore"):
+    for key in ("targets", "ignore", "group_targets"):
         if key in values:
             values[key] = _string_tuple(values[key], f"{source}: {key}")
     if "overrides" in values:

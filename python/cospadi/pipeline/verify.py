@@ -67,9 +67,9 @@ def verify_errors(
     if not isinstance(report.get("recipe"), dict) or not isinstance(report.get("modules"), dict):
         raise VerificationError(f"{directory}: holds no report to verify errors against")
     recipe = recipe_from_mapping(report["recipe"], source=f"{directory}: recipe")
-    if recipe.method == "svd":
+    if not recipe.uses_calibration:
         raise InputError(
-            f"{directory}: method svd used no calibration; its errors are plain weight errors"
+            f"{directory}: no calibration was used; the stated errors are plain weight errors"
         )
     opened = open_source(source)
     ids = load_calibration(

@@ -7,6 +7,7 @@ JSON last, so that a matrix either is there whole or is not there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from cospadi.errors import InputError
-from cospadi.factor import SparseFactor
+from cospadi.factor import FactorSpec, SparseFactor
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -98,31 +99,29 @@ class WorkDir:
                 )
 
     def store(self, name: str, factor: SparseFactor, report: Mapping[str, Any]) -> None:
-        """Commit one finished matrix."""
-        tensors = {"dictionary": factor.dictionary, "coeffs": factor.coeffs}
-        if factor.mask is not None:
-            tensors["mask"] = factor.mask
-        if factor.bias is not None:
-            tensors["bias"] = factor.bias
-        data = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
+        """Commit one finished matrix; a shared dictionary is stored with its leader only."""
+        spec, tensors = factor.spec, factor.tensors()
+        data = save_tensors({part: tensors[part].contiguous() for part in spec.tensors()})
         write_atomic(self._modules / f"{name}.safetensors", data)
-        record = {"sha256": hashlib.sha256(data).hexdigest(), "report": dict(report)}
+        record = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "spec": dataclasses.asdict(spec),
+            "report": dict(report),
+        }
         write_atomic(self._modules / f"{name}.json", json.dumps(record).encode())
 
     def load(self, name: str) -> tuple[SparseFactor, dict[str, Any]] | None:
-        """A finished matrix; None if it is missing or damaged (it is then fitted again)."""
+        """A finished matrix; None if it is missing or damaged (it is then fitted again).
+
+        A member of a shared dictionary comes without it.
+        """
         try:
             record = json.loads((self._modules / f"{name}.json").read_text())
             data = (self._modules / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != record["sha256"]:
                 return None
             tensors: dict[str, torch.Tensor] = load_tensors(data)
-            factor = SparseFactor(
-                dictionary=tensors["dictionary"],
-                mask=tensors.get("mask"),
-                coeffs=tensors["coeffs"],
-                bias=tensors.get("bias"),
-            )
+            factor = SparseFactor.from_tensors(FactorSpec(**record["spec"]), tensors)
             return factor, dict(record["report"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None

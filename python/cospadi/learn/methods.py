@@ -1,0 +1,136 @@
+"""The methods by name: what each stores, and how large that is at a ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cospadi.errors import InputError
+from cospadi.learn.budget import (
+    RatioConvention,
+    StorageWidths,
+    low_rank_size,
+    pruned_size,
+    sparse_size,
+)
+
+Form = Literal["dictionary", "low-rank", "pruned", "rounded"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fit a weight.
+
+    Attributes
+    ----------
+    summary : str
+        For ``--help`` and reports.
+    form : {"dictionary", "low-rank", "pruned", "rounded"}
+        What is stored: a dictionary with a sparse code; one with a dense code (full support); a part of the weight's
+        own values; all of them in few bits.
+    uses_calibration : bool
+        False: the fit never looks at activations.
+    can_share : bool
+        Whether several weights may share one dictionary.
+    orthonormal : bool
+        The dictionary starts as an orthonormal basis, which has at most ``min(d_in, d_out)`` atoms.
+    """
+
+    summary: str
+    form: Form
+    uses_calibration: bool = True
+    can_share: bool = False
+    orthonormal: bool = False
+
+    @property
+    def has_ratio(self) -> bool:
+        """False where the storage type alone decides the size."""
+        return self.form != "rounded"
+
+
+METHODS: dict[str, Method] = {
+    "cospadi": Method("sparse dictionary learning in whitened space", "dictionary", can_share=True),
+    "svd-llm": Method("whitened truncated SVD", "low-rank"),
+    "svd": Method("plain truncated SVD", "low-rank", uses_calibration=False),
+    "basis-sharing": Method(
+        "whitened truncated SVD with a basis for several layers", "low-rank", can_share=True
+    ),
+    "compot": Method("orthonormal dictionary, Procrustes", "dictionary", orthonormal=True),
+    "rocket": Method("one-shot eigen basis with thresholding", "dictionary", orthonormal=True),
+    "magnitude": Method("largest weights of each output", "pruned", uses_calibration=False),
+    "wanda": Method("largest weight times input norm of each output", "pruned"),
+    "sparsegpt": Method("optimal brain surgeon pruning", "pruned"),
+    "rtn": Method("round-to-nearest integers", "rounded", uses_calibration=False),
+}
+
+
+@dataclass(frozen=True)
+class FactorSize:
+    """Sizes of one factor, or of the factors that share a dictionary.
+
+    Attributes
+    ----------
+    n_identity, n_atoms : int
+        Identity atoms (``d_in`` or 0) and learned atoms.
+    sparsity : int
+        Coefficients per output; 0 if nothing fits.
+    """
+
+    n_identity: int
+    n_atoms: int
+    sparsity: int
+
+    @property
+    def full_support(self) -> bool:
+        """Whether every output uses every atom, so that no mask is stored."""
+        return self.sparsity == self.n_identity + self.n_atoms
+
+
+def factor_size(
+    method: str,
+    d_in: int,
+    d_out: int,
+    ratio: float,
+    *,
+    k_over_s: float = 2.0,
+    convention: RatioConvention = "stored",
+    widths: StorageWidths,
+) -> FactorSize:
+    """Sizes that a method gets for a ratio.
+
+    Parameters
+    ----------
+    method : str
+        Key of `METHODS`.
+    d_in, d_out : int
+        Of the weight; ``d_out`` summed over the members of a group.
+    ratio, k_over_s, convention, widths
+        See `cospadi.learn.budget.sparse_size`.
+
+    Raises
+    ------
+    InputError
+        Unknown method, or a setting out of range.
+    """
+    if method not in METHODS:
+        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    entry = METHODS[method]
+    if entry.form == "rounded":
+        return FactorSize(d_in, 0, d_in)
+    if entry.form == "pruned":
+        return FactorSize(
+            d_in, 0, pruned_size(d_in, d_out, ratio, convention=convention, widths=widths)
+        )
+    if entry.form == "low-rank":
+        rank = low_rank_size(d_in, d_out, ratio, convention=convention, widths=widths)
+        return FactorSize(0, rank, rank)
+    n_atoms, sparsity = sparse_size(
+        d_in,
+        d_out,
+        ratio,
+        k_over_s=k_over_s,
+        convention=convention,
+        widths=widths,
+        max_atoms=min(d_in, d_out) if entry.orthonormal else None,
+    )
+    return FactorSize(0, n_atoms, sparsity)

@@ -1,0 +1,222 @@
+"""From floating-point factors to stored numbers, each factor refitted to the rounding of the other.
+
+One round is: round the dictionary; refit the coefficients to the *rounded* dictionary on their support, which takes
+back the dictionary's rounding and the last atom update (it moved atoms after their coefficients); round the
+coefficients; solve for the dictionary given the *rounded* code; round that. Why in this order: the coefficients carry
+the larger rounding errors (14, 8 or 4 bits, one scale for many), and the dictionary, solved for last, takes a good part
+of them back, while its own rounding to 16 bits, or to 8 with a scale per atom, adds little.
+
+Measured on ``q_proj`` of layer 14 of SmolLM2-135M at a stored ratio of 0.2, relative errors (0.0447 before rounding),
+unit-norm columns: int4 coefficients 0.0841 when only rounded, the same after the coefficients' refit alone, 0.0572
+after the dictionary's, 0.0530 after three rounds; bfloat14 0.0452, 0.0452, 0.0447, 0.0444. Rounding the coefficients
+before the dictionary ends within 0.5 % of that after one round, and 2 % higher where the dictionary's rounding counts
+(layer 0). Errors of coefficients are weighed by the energy of their atoms when integer scales are chosen; without that
+int4 has 0.198 instead of 0.084 (layer 15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cospadi.learn.member import Member, group_error
+from cospadi.learn.quantize import (
+    INTEGER_BITS,
+    QuantisedCoeffs,
+    QuantisedDictionary,
+    StorageTypes,
+    quantise_coeffs,
+    quantise_dictionary,
+)
+from cospadi.learn.result import FloatFactor
+from cospadi.learn.shared_dictionary import solve_dictionary
+
+ROUNDS = 3
+MIN_GAIN = 1e-3
+"""A round that lowers the error by a smaller share is the last."""
+
+
+@dataclass(frozen=True)
+class RoundedFactor:
+    """A factor in stored numbers.
+
+    Attributes
+    ----------
+    dictionary : QuantisedDictionary
+        ``[d_in, K]``; the same object for all members of a group.
+    indices : torch.Tensor
+        ``[d_out, s]`` int32, as in `FloatFactor`.
+    coeffs : QuantisedCoeffs
+        ``[d_out, s]``.
+    n_identity : int
+        ``d_in`` or 0.
+    """
+
+    dictionary: QuantisedDictionary
+    indices: torch.Tensor
+    coeffs: QuantisedCoeffs
+    n_identity: int = 0
+
+    def decoded(self) -> FloatFactor:
+        """What a reader decodes."""
+        return FloatFactor(
+            self.dictionary.values.double(), self.indices, self.coeffs.values, self.n_identity
+        )
+
+
+def round_factors(
+    members: Sequence[Member],
+    factors: Sequence[FloatFactor],
+    types: StorageTypes,
+    *,
+    refit: bool = True,
+    rounds: int = ROUNDS,
+) -> list[RoundedFactor]:
+    """Round the factors of a group (a single weight is a group of one) to their storage types.
+
+    Parameters
+    ----------
+    members : sequence of Member
+        Weights and the metrics they are fitted in.
+    factors : sequence of FloatFactor
+        One per member, with one dictionary.
+    types : StorageTypes
+        Of both parts.
+    refit : bool
+        False rounds and stops, as the paper: the values themselves are kept, which is also right for pruned weights.
+        True starts integer coefficients from two scalings of the atoms, unit columns and `balance_atoms`.
+    rounds : int
+        At most this many rounds of refitting.
+
+    Returns
+    -------
+    list of RoundedFactor
+        The best of the states that the rounds passed through, by the members' joint error; never worse than plain
+        rounding.
+    """
+    plain = _round(members, factors, types)
+    if not refit:
+        return plain
+    starts = [plain]
+    if types.coeffs in INTEGER_BITS:
+        starts.append(_round(members, balance_atoms(members, factors), types))
+    refined = [_refine(members, start, types, rounds) for start in starts]
+    best, _ = min(refined, key=lambda state: state[1])
+    return best
+
+
+def _refine(
+    members: Sequence[Member], start: list[RoundedFactor], types: StorageTypes, rounds: int
+) -> tuple[list[RoundedFactor], float]:
+    """Run the rounds; the best state and its error."""
+    best = current = start
+    best_error = _error(members, best)
+    for _ in range(rounds):
+        before = best_error
+        refitted = [
+            member.refit(factor.decoded(), factor.dictionary.values.double())
+            for member, factor in zip(members, current, strict=True)
+        ]
+        current = _round_coeffs(members, refitted, current[0].dictionary, types)
+        best, best_error = _better(members, current, best, best_error)
+        if current[0].dictionary.values.shape[1]:
+            solved = solve_dictionary(members, [factor.decoded() for factor in current])
+            dictionary = _round_dictionary(members, solved, types)
+            current = [
+                RoundedFactor(dictionary, f.indices, f.coeffs, f.n_identity) for f in current
+            ]
+            best, best_error = _better(members, current, best, best_error)
+        if not best_error < (1.0 - MIN_GAIN) ** 2 * before:
+            break
+    return best, best_error
+
+
+def _round(
+    members: Sequence[Member], factors: Sequence[FloatFactor], types: StorageTypes
+) -> list[RoundedFactor]:
+    dictionary = _round_dictionary(members, factors[0].dictionary, types)
+    return _round_coeffs(members, factors, dictionary, types)
+
+
+def balance_atoms(members: Sequence[Member], factors: Sequence[FloatFactor]) -> list[FloatFactor]:
+    """The same products with atoms scaled for integer coefficients, which share a scale over many atoms.
+
+    An atom's scale is free, and decides how far its coefficients reach (with root mean square v, they set the step of
+    the output) and what an error of them costs (its squared whitened norm h). Atoms times ``v^(3/4) h^(-1/8)`` lie
+    half-way between equal coefficients (``v``) and the optimum for steps that follow the mean square
+    (``v^(1/2) h^(-1/4)``). Rounded plainly that was better than unit norms on every projection of SmolLM2-135M that was
+    tried; after the refits the two end within 2 % of each other on most, but on ``q_proj`` of layer 0 int4 has 0.021
+    instead of 0.035. `round_factors` tries both.
+
+    Parameters
+    ----------
+    members, factors
+        As in `round_factors`.
+
+    Returns
+    -------
+    list of FloatFactor
+        The longest column of the dictionary has norm one, for float16.
+    """
+    dictionary, n_identity = factors[0].dictionary.double(), factors[0].n_identity
+    if not dictionary.shape[1]:
+        return list(factors)
+    learned = torch.cat([factor.code()[:, n_identity:] for factor in factors])
+    uses = (learned != 0).sum(0).clamp_min(1)
+    reach = _positive((learned.square().sum(0) / uses).sqrt())
+    costs = [m.whitening.scale * m.atoms(dictionary).square().sum(1) for m in members]
+    scale = reach**0.75 * _positive(torch.stack(costs).sum(0)) ** -0.125
+    lengths = scale * dictionary.norm(dim=0)
+    scale = scale / (lengths.max() if float(lengths.max()) > 0 else 1.0)
+    dictionary = dictionary * scale
+    everything = torch.cat([scale.new_ones(n_identity), scale])
+    return [
+        FloatFactor(
+            dictionary, f.indices, f.coeffs.double() / everything[f.indices.long()], n_identity
+        )
+        for f in factors
+    ]
+
+
+def _positive(values: torch.Tensor) -> torch.Tensor:
+    """Zeros (unused or zero atoms, whose scale does not matter) replaced by the smallest positive value, or one."""
+    positive = values[values > 0]
+    return torch.where(values > 0, values, positive.min() if positive.numel() else 1.0)
+
+
+def _round_dictionary(
+    members: Sequence[Member], dictionary: torch.Tensor, types: StorageTypes
+) -> QuantisedDictionary:
+    # an error at input i costs the i-th diagonal of the (summed) Gram
+    costs = [m.whitening.scale * m.whitening.factor.square().sum(0) for m in members]
+    return quantise_dictionary(dictionary, types, torch.stack(costs).sum(0))
+
+
+def _round_coeffs(
+    members: Sequence[Member],
+    factors: Sequence[FloatFactor],
+    dictionary: QuantisedDictionary,
+    types: StorageTypes,
+) -> list[RoundedFactor]:
+    rounded = []
+    for member, factor in zip(members, factors, strict=True):
+        energies = member.atoms(dictionary.values, factor.n_identity).square().sum(1)
+        coeffs = quantise_coeffs(factor.coeffs, types, energies[factor.indices.long()])
+        rounded.append(RoundedFactor(dictionary, factor.indices, coeffs, factor.n_identity))
+    return rounded
+
+
+def _better(
+    members: Sequence[Member],
+    state: list[RoundedFactor],
+    best: list[RoundedFactor],
+    best_error: float,
+) -> tuple[list[RoundedFactor], float]:
+    error = _error(members, state)
+    return (state, error) if error < best_error else (best, best_error)
+
+
+def _error(members: Sequence[Member], factors: Sequence[RoundedFactor]) -> float:
+    return group_error(members, [factor.decoded().dense_weight() for factor in factors])

@@ -1,0 +1,69 @@
+"""Where a job's activation Grams come from: the model, or a folder that keeps those of earlier runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cospadi.calibration.cache import collect_cached_grams
+from cospadi.calibration.data import CalibrationSet
+from cospadi.calibration.statistics import GramPass, collect_grams
+from cospadi.model.discover import TargetLinear
+from cospadi.model.source import SourceModel
+from cospadi.pipeline.events import EventLog
+from cospadi.pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class GramSource:
+    """Grams of one model over one calibration set.
+
+    Attributes
+    ----------
+    source : SourceModel
+        The original model.
+    calibration : CalibrationSet
+        Token windows.
+    recipe : Recipe
+        Batch size and memory bound.
+    folder : Path or None
+        Keeps the Grams for later runs.
+    log : EventLog
+        Receives progress, and a warning for every stored Gram that cannot be used.
+    """
+
+    source: SourceModel
+    calibration: CalibrationSet
+    recipe: Recipe
+    folder: Path | None
+    log: EventLog
+
+    def progress(self, done: int, total: int) -> None:
+        """Report calibration batches."""
+        self.log.progress("calibration", done=done, total=total)
+
+    def collect(self, targets: Sequence[TargetLinear]) -> Iterator[GramPass]:
+        """Yield the Grams of the targets' inputs, see `cospadi.calibration.statistics.collect_grams`."""
+        limit = self.recipe.max_gram_gb
+        max_gram_bytes = None if limit is None else int(limit * 2**30)
+        if self.folder is None:
+            return collect_grams(
+                self.source.model,
+                targets,
+                self.calibration.ids,
+                batch_size=self.recipe.batch_size,
+                max_gram_bytes=max_gram_bytes,
+                progress=self.progress,
+            )
+        return collect_cached_grams(
+            self.source.model,
+            targets,
+            self.calibration.ids,
+            folder=self.folder,
+            weights=self.source.fingerprint,
+            report=lambda text: self.log.emit("warning", text=text),
+            batch_size=self.recipe.batch_size,
+            max_gram_bytes=max_gram_bytes,
+            progress=self.progress,
+        )
