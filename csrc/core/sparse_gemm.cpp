@@ -28,7 +28,7 @@ void check(const ConstTypedMatrix& z,
            int64_t sparsity,
            const ConstTypedVector& bias,
            const TypedMatrix& y) {
-  require(z.rows >= 0 && n_atoms >= 0 && d_out >= 0 && sparsity >= 0, "sparse_gemm: negative size");
+  require(z.rows >= 0 && n_atoms >= 0 && d_out >= 0 && sparsity >= 0, "negative size");
   require_typed(z, z.rows, n_atoms, "z");
   require(sparsity <= n_atoms,
           "coeffs: s = " + std::to_string(sparsity) + " is more than the " +

@@ -61,8 +61,9 @@ struct PackedSparseMatrix {
 /// and threads as for sparse_gemm (cospadi/sparse_gemm.hpp).
 ///
 /// A few columns at a time are decoded into a scratch that stays in the cache and multiplied from
-/// there, so memory is read at the packed size. Fields are exact in bfloat16: without groups the
-/// scale multiplies the finished sum; with groups the columns are decoded to float, scale included.
+/// there, so memory is read at the packed size (bytes without groups are multiplied as they are for
+/// a few rows). Fields are exact in bfloat16: without groups the scale multiplies the finished sum;
+/// with groups the columns are decoded to float, scale included, which costs the bfloat16 product.
 /// Workspace: that of sparse_gemm, plus per thread the scratch: 64 columns, at most 4 bytes per
 /// coefficient. Throws Error for shapes, sizes, formats and null pointers, before y is written.
 void packed_gemm(ConstTypedMatrix z,

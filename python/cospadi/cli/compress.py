@@ -29,7 +29,7 @@ def compress_command(
     ),
     solver: str | None = typer.Option(None, help="Sparse coding: omp or ormp [omp]."),
     iterations: int | None = typer.Option(None, help="Alternations of coding and atom update [8]."),
-    power_iterations: int | None = typer.Option(None, help="Power iterations per atom [1]."),
+    power_iterations: int | None = typer.Option(None, help="Power iterations per atom; 0: to convergence [1]."),
     k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
     init: str | None = typer.Option(None, help="First dictionary: svd, columns or random [svd]."),
     group_size: int | None = typer.Option(
