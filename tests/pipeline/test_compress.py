@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -283,3 +284,88 @@ def test_checkpoint_holds_every_other_tensor_of_the_model(small_job):
     for name, tensor in original.items():
         if name not in replaced:
             assert torch.equal(checkpoint.tensor(name), tensor.bfloat16()), name
+
+
+def test_refused_input_does_not_block_the_corrected_command(tiny_model_dir, tiny_text, tmp_path):
+    source, out = tiny_model_dir("llama"), tmp_path / "out"
+    settings = {**FAST, "calibration": str(tiny_text)}
+    with pytest.raises(InputError, match=r"context of .* see --sequence-length"):
+        compress(source, out, **{**settings, "sequence_length": 4096, "samples": 2})
+    assert list(tmp_path.iterdir()) == []
+    events = []
+
+    def failing(event):
+        events.append(event["event"])
+        if event["event"] == "calibrated":
+            raise InputError("refused after the work directory was made")
+
+    with pytest.raises(InputError, match="refused"):
+        compress(source, out, listener=failing, **settings)
+    assert list(tmp_path.iterdir()) == []
+    compress(source, out, **{**settings, "samples": 8})
+
+
+def test_unfinished_runs_with_results_name_the_setting_and_not_the_hash(
+    tiny_model_dir, tiny_text, tmp_path
+):
+    source, out = tiny_model_dir("llama"), tmp_path / "out"
+    settings = {**FAST, "calibration": str(tiny_text)}
+
+    def dying(event):
+        if event["event"] == "module":
+            raise Stop
+
+    with pytest.raises(Stop):
+        compress(source, out, listener=dying, **settings)
+    with pytest.raises(InputError, match=r"other settings \(samples: 12 there, 8 now\)"):
+        compress(source, out, **{**settings, "samples": 8})
+
+
+def test_two_processes_cannot_write_one_output(tiny_model_dir, tiny_text, tmp_path):
+    source, out = tiny_model_dir("llama"), tmp_path / "out"
+    settings = {**FAST, "calibration": str(tiny_text)}
+    refused = []
+
+    def second(event):
+        if event["event"] == "start":
+            with pytest.raises(InputError, match="another process"):
+                compress(source, out, **settings)
+            refused.append(True)
+
+    compress(source, out, listener=second, **settings)
+    assert refused and out.is_dir()
+
+
+def test_links_and_empty_names_are_refused_before_any_work(tiny_model_dir, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for out, message in ((tmp_path / "link", "is a link"), ("", "is empty")):
+        with pytest.raises(InputError, match=message):
+            compress(tiny_model_dir("llama"), out)
+
+
+def test_wide_storage_is_paid_for_and_stated(tiny_model_dir, tiny_text, tmp_path):
+    settings = {**FAST, "calibration": str(tiny_text), "storage_dtype": "float32"}
+    result = compress(tiny_model_dir("llama"), tmp_path / "out", **settings)
+    data = inspect_checkpoint(tmp_path / "out")
+    assert result.ratio["stored"] == pytest.approx(data["ratio"]["linears"]["file"])
+    assert result.ratio["stored"] >= 0.3
+    assert result.stored_bytes == data["bytes"]["linears"]["file"]
+
+
+def test_another_type_of_the_source_is_noted(tiny_model_dir, tiny_text, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir("llama"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    notes = []
+    compress(
+        source, tmp_path / "out", calibration=str(tiny_text), **FAST,
+        listener=lambda e: notes.append(e["text"]) if e["event"] == "note" else None,
+    )  # fmt: skip
+    assert len(notes) == 1 and "float32" in notes[0] and "bfloat16" in notes[0]
+
+
+def test_unknown_settings_are_named(tiny_model_dir, tmp_path):
+    with pytest.raises(InputError, match="unknown setting 'ratios'"):
+        compress(tiny_model_dir("llama"), tmp_path / "out", ratios=0.3)

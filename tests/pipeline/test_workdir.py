@@ -24,11 +24,12 @@ def factor() -> SparseFactor:
 
 
 def test_stored_factor_comes_back_bit_for_bit(tmp_path):
-    work = WorkDir(tmp_path / "out.work", {"ratio": 0.2, "targets": ("a",)})
-    assert work.load(NAME) is None
-    work.store(NAME, factor(), {"relative_error": 0.25})
-    again = WorkDir(tmp_path / "out.work", {"ratio": 0.2, "targets": ("a",)})
-    loaded = again.load(NAME)
+    settings = {"ratio": 0.2, "targets": ("a",)}
+    with WorkDir(tmp_path / "out.work", settings) as work:
+        assert work.load(NAME) is None
+        work.store(NAME, factor(), {"relative_error": 0.25})
+    with WorkDir(tmp_path / "out.work", settings) as again:
+        loaded = again.load(NAME)
     assert loaded is not None
     found, report = loaded
     assert report == {"relative_error": 0.25}
@@ -37,15 +38,32 @@ def test_stored_factor_comes_back_bit_for_bit(tmp_path):
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
-    WorkDir(tmp_path / "w", {"ratio": 0.2, "seed": 1})
+    with WorkDir(tmp_path / "w", {"weights": "a", "ratio": 0.2}) as work:
+        work.store(NAME, factor(), {})
+    # the setting explains more than the hash
     with pytest.raises(InputError, match=r"ratio: 0\.2 there, 0\.3 now"):
-        WorkDir(tmp_path / "w", {"ratio": 0.3, "seed": 1})
+        WorkDir(tmp_path / "w", {"weights": "b", "ratio": 0.3})
+
+
+def test_a_run_without_results_is_taken_over(tmp_path):
+    with WorkDir(tmp_path / "w", {"ratio": 0.2}):
+        pass
+    with WorkDir(tmp_path / "w", {"ratio": 0.3}) as work:
+        assert work.is_empty
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    with (
+        WorkDir(tmp_path / "w", {}),
+        pytest.raises(InputError, match="another process"),
+    ):
+        WorkDir(tmp_path / "w", {})
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no record", "record cut", "empty"])
 def test_damaged_results_are_fitted_again(tmp_path, damage):
-    work = WorkDir(tmp_path / "w", {})
-    work.store(NAME, factor(), {})
+    with WorkDir(tmp_path / "w", {}) as work:
+        work.store(NAME, factor(), {})
     data, record = (
         tmp_path / "w/modules" / f"{NAME}.safetensors",
         tmp_path / "w/modules" / f"{NAME}.json",

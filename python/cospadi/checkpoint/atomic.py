@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -63,10 +64,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # left by a killed process that had this number
-            shutil.rmtree(partial)
+        _remove_abandoned(target)
         partial.mkdir()
         yield partial
+        _open_to_readers(partial)
         _sync_tree(partial)
         for held in partial.glob(f"*{HELD_SUFFIX}"):
             held.rename(held.with_name(held.name.removesuffix(HELD_SUFFIX)))
@@ -79,6 +80,33 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{target}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what killed processes left, and what an earlier process of this number did."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and (int(number) == os.getpid() or not _is_running(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files the mode that new files have: safetensors makes its own readable by the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _sync_tree(folder: Path) -> None:

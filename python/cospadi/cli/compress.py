@@ -29,7 +29,9 @@ def compress_command(
     ),
     solver: str | None = typer.Option(None, help="Sparse coding: omp or ormp [omp]."),
     iterations: int | None = typer.Option(None, help="Alternations of coding and atom update [8]."),
-    power_iterations: int | None = typer.Option(None, help="Power iterations per atom; 0: to convergence [1]."),
+    power_iterations: int | None = typer.Option(
+        None, help="Power iterations per atom; 0: to convergence [1]."
+    ),
     k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
     init: str | None = typer.Option(None, help="First dictionary: svd, columns or random [svd]."),
     group_size: int | None = typer.Option(
@@ -108,10 +110,9 @@ def compress_command(
             gram_cache=gram_cache,
             listener=listener.handle,
         )
-    plan = result.plan
     typer.echo(
-        f"{result.out_dir}: {len(result.reports)} linears, {megabytes(plan.dense_bits / 8)} -> "
-        f"{megabytes(plan.stored_bits / 8)}; {describe_ratio(plan.ratio)}; {result.seconds:.0f} s"
+        f"{result.out_dir}: {len(result.reports)} linears, {megabytes(result.dense_bytes)} in bfloat16 -> "
+        f"{megabytes(result.stored_bytes)}; {describe_ratio(result.ratio)}; {result.seconds:.0f} s"
     )
     if result.failed:
         typer.echo(

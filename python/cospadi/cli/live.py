@@ -82,6 +82,9 @@ class PlainListener:
     def _on_dense(self, event: Event) -> None:
         typer.echo(f"left dense: {event['module']}: {event['reason']}")
 
+    def _on_note(self, event: Event) -> None:
+        typer.echo(f"note: {event['text']}")
+
     def _on_warning(self, event: Event) -> None:
         typer.echo(f"warning: {event['text']}", err=True)
 
@@ -147,6 +150,9 @@ class LiveListener(PlainListener):
 
     def _on_dense(self, event: Event) -> None:
         self._print(f"left dense: {event['module']}: {event['reason']}")
+
+    def _on_note(self, event: Event) -> None:
+        self._print(f"note: {event['text']}")
 
     def _on_warning(self, event: Event) -> None:
         self._print(f"warning: {event['text']}")

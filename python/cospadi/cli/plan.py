@@ -72,6 +72,6 @@ def plan_command(
     for item in plan.dense:
         typer.echo(f"left dense: {item.name}: {item.reason}")
     typer.echo(
-        f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} -> {megabytes(plan.stored_bits / 8)}; "
-        f"{describe_ratio(plan.ratio)}"
+        f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} in bfloat16 -> "
+        f"{megabytes(plan.stored_bits / 8)}; {describe_ratio(plan.ratio)}"
     )

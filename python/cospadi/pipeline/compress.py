@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from cospadi import __version__, native
 from cospadi.calibration.data import CalibrationSet, load_calibration
+from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
-from cospadi.errors import CudaUnavailableError, InputError
-from cospadi.model.discover import Skipped, discover
+from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputError
+from cospadi.factor import removed_shares
+from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.source import SourceModel, open_source
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.finalize import write_output
@@ -47,6 +50,10 @@ class CompressResult:
         Wall time of the whole job.
     calibration_seconds : float
         Part of it that went into activations.
+    ratio : dict
+        Removed shares of what was written, see `cospadi.factor.removed_shares`.
+    dense_bytes, stored_bytes : int
+        The compressed linears in bfloat16, and as written.
     """
 
     out_dir: Path
@@ -55,7 +62,17 @@ class CompressResult:
     dense: tuple[Skipped, ...]
     failed: tuple[str, ...]
     seconds: float
-    calibration_seconds: float = 0.0
+    calibration_seconds: float
+    ratio: dict[str, float]
+    dense_bytes: int
+    stored_bytes: int
+
+    def __repr__(self) -> str:
+        """One line: the tables are long."""
+        return (
+            f"CompressResult({str(self.out_dir)!r}, {len(self.reports)} linears, {self.dense_bytes} -> "
+            f"{self.stored_bytes} bytes, {len(self.failed)} failed, {self.seconds:.0f} s)"
+        )
 
 
 def compress(
@@ -99,58 +116,121 @@ def compress(
         A setting, the model or the calibration text is unusable; nothing was written.
     """
     start = time.perf_counter()
-    recipe = (
-        dataclasses.replace(recipe or Recipe(), **settings) if settings else (recipe or Recipe())
-    )
+    recipe = _with_settings(recipe or Recipe(), settings)
     _check_device(device)
-    out_dir = check_output(Path(out))
+    out_dir = check_output(out)
     if num_threads is not None:
         if num_threads < 1:
             raise InputError(f"threads: expected at least 1, got {num_threads}")
         torch.set_num_threads(num_threads)
 
     source = open_source(model)
-    targets, skipped = discover(
-        source.model, targets=recipe.targets or None, ignore=recipe.ignore or None
-    )
+    # what can be refused is refused before anything is written
+    _plan_inputs(source, recipe)
     calibration = _load_calibration(recipe, source)
     work = WorkDir(
         out_dir.with_name(out_dir.name + ".work"), _run_settings(source, calibration, recipe)
     )
-    with EventLog(out_dir.with_name(out_dir.name + ".log.jsonl"), listener) as log:
-        grams, groups = None, None
-        by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
-        if calibration is not None:
-            # the search for similar layers reads all Grams, the fits read them again
-            folder = gram_cache or (work.path / "grams" if by_similarity else None)
-            grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
-        if by_similarity:
-            groups = groups_by_similarity(source, targets, recipe, grams)
-        plan = make_plan(targets, skipped, recipe, groups=groups)
-        log.emit(
-            "start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe)
-        )
-        for item in plan.dense:
-            log.emit("dense", module=item.name, reason=item.reason)
-        job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, work, log)
-        job.run()
-        result = CompressResult(
-            out_dir=out_dir,
-            plan=plan,
-            reports=job.reports,
-            dense=(*plan.dense, *job.failed),
-            failed=tuple(item.name for item in job.failed),
-            seconds=time.perf_counter() - start,
-            calibration_seconds=job.calibration_seconds,
-        )
-        write_output(source, job.factors, result, recipe, calibration, versions())
-        work.remove()
-        log.emit("done", seconds=round(result.seconds, 2), failed=list(result.failed))
+    log_file = out_dir.with_name(out_dir.name + ".log.jsonl")
+    had_log = log_file.exists()
+    try:
+        with EventLog(log_file, listener) as log:
+            result = _run(source, calibration, recipe, work, log, out_dir, gram_cache, start)
+    except CospadiError:
+        # Refused input must not stand in the way of the corrected command.
+        if work.is_empty:
+            work.remove()
+            if not had_log:
+                log_file.unlink(missing_ok=True)
+        raise
+    finally:
+        work.close()
     return result
 
 
-def check_output(out_dir: Path) -> Path:
+def _run(
+    source: SourceModel,
+    calibration: CalibrationSet | None,
+    recipe: Recipe,
+    work: WorkDir,
+    log: EventLog,
+    out_dir: Path,
+    gram_cache: str | Path | None,
+    start: float,
+) -> CompressResult:
+    grams, groups = None, None
+    by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
+    if calibration is not None:
+        # the search for similar layers reads all Grams, the fits read them again
+        folder = gram_cache or (work.path / "grams" if by_similarity else None)
+        grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
+    targets, skipped = _plan_inputs(source, recipe)
+    if by_similarity:
+        groups = groups_by_similarity(source, targets, recipe, grams)
+    plan = make_plan(targets, skipped, recipe, groups=groups)
+    log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
+    dtype = stored_dtype(source)
+    if dtype not in (None, recipe.storage_dtype):
+        log.emit(
+            "note",
+            text=f"the source is {dtype}; what is not compressed is stored as {recipe.storage_dtype} "
+            "(setting storage_dtype)",
+        )
+    for item in plan.dense:
+        log.emit("dense", module=item.name, reason=item.reason)
+    job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, work, log)
+    job.run()
+    if not job.factors:
+        raise FitError(f"every layer would have to stay dense; the first: {job.failed[0].reason}")
+    result = CompressResult(
+        out_dir=out_dir,
+        plan=plan,
+        reports=job.reports,
+        dense=(*plan.dense, *job.failed),
+        failed=tuple(item.name for item in job.failed),
+        seconds=time.perf_counter() - start,
+        calibration_seconds=job.calibration_seconds,
+        ratio=removed_shares(factor.spec for factor in job.factors.values()),
+        dense_bytes=sum(factor.spec.dense_bits for factor in job.factors.values()) // 8,
+        stored_bytes=sum(factor.spec.stored_bytes for factor in job.factors.values()),
+    )
+    write_output(source, job.factors, result, recipe, calibration, versions())
+    work.remove()
+    log.emit("done", seconds=round(result.seconds, 2), failed=list(result.failed))
+    return result
+
+
+def stored_dtype(source: SourceModel) -> str | None:
+    """Type that the source's own config names; None where it names none (GGUF files)."""
+    config = source.path / "config.json"
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = data.get("dtype", data.get("torch_dtype")) if isinstance(data, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _plan_inputs(source: SourceModel, recipe: Recipe) -> tuple[list[TargetLinear], list[Skipped]]:
+    return discover(source.model, targets=recipe.targets or None, ignore=recipe.ignore or None)
+
+
+def _with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    for key in settings:
+        if key not in recipe.to_mapping():
+            raise InputError(
+                f"compress: unknown setting {key!r}; see cospadi.pipeline.recipe.Recipe"
+            )
+    return dataclasses.replace(recipe, **settings)
+
+
+def check_output(out: str | Path) -> Path:
     """Refuse an output that holds something or cannot be written, before any work is done."""
+    if not str(out):
+        raise InputError("--out: is empty; it must name a new or empty directory")
+    out_dir = Path(out)
+    if out_dir.is_symlink():
+        raise InputError(f"{out_dir}: is a link; --out must name a new or empty directory itself")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir}: is a file; --out must name a new or empty directory")
     if out_dir.is_dir() and any(out_dir.iterdir()):
@@ -177,16 +257,21 @@ def _check_device(device: str) -> None:
 
 
 def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | None:
-    """Calibration windows; None where nothing uses them."""
+    """Calibration windows that fit the model; None where nothing uses them."""
     if not recipe.uses_calibration:
         return None
-    return load_calibration(
+    calibration = load_calibration(
         recipe.calibration,
         source.tokenizer,
         n_samples=recipe.samples,
         sequence_length=recipe.sequence_length,
         seed=recipe.seed,
     )
+    try:
+        check_ids(source.model, calibration.ids, length=calibration.ids.shape[1])
+    except InputError as error:
+        raise InputError(f"calibration: {error}; see --sequence-length") from None
+    return calibration
 
 
 def _run_settings(

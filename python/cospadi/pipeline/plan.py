@@ -30,7 +30,7 @@ class ModulePlan:
     n_identity, n_atoms : int
         Identity atoms and learned atoms.
     dictionary_dtype, coeffs_dtype, coeffs_group
-        Storage types; float32 is counted as a 16-bit type, because ratios compare with a 16-bit model.
+        Storage types.
     """
 
     name: str
@@ -243,8 +243,8 @@ def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, Mo
             support="full" if size.full_support else "mask",
             leader=first.name if size.n_atoms else member.name,
             n_identity=size.n_identity,
-            dictionary_dtype=_counted(types.dictionary) if size.n_atoms else "bfloat16",
-            coeffs_dtype=_counted(types.coeffs),
+            dictionary_dtype=types.dictionary if size.n_atoms else "bfloat16",
+            coeffs_dtype=types.coeffs,
             coeffs_group=types.coeffs_group,
         )
         for member in members
@@ -256,8 +256,8 @@ def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, Mo
 
 
 def storage_widths(types: StorageTypes) -> StorageWidths:
-    """Bits that storage types cost; every floating type counts as 16 bits, see `ModulePlan`."""
-    bits = {"bfloat14": 14, **INTEGER_BITS}
+    """Bits that storage types cost."""
+    bits = {"bfloat14": 14, "float32": 32, **INTEGER_BITS}
     return StorageWidths(
         coeffs=bits.get(types.coeffs, 16),
         coeffs_scaled=types.coeffs in INTEGER_BITS,
@@ -265,10 +265,6 @@ def storage_widths(types: StorageTypes) -> StorageWidths:
         dictionary=bits.get(types.dictionary, 16),
         dictionary_scaled=types.dictionary in INTEGER_BITS,
     )
-
-
-def _counted(dtype: str) -> str:
-    return "bfloat16" if dtype == "float32" else dtype
 
 
 def _settings(name: str, recipe: Recipe) -> tuple[float, float, bool]:

@@ -1,13 +1,15 @@
 """The work directory: finished matrices kept on disk, so that a killed run goes on where it stopped.
 
 Layout of ``<output>.work``: ``run.json`` (fingerprint and the settings behind it), ``modules/<name>.safetensors``
-and ``modules/<name>.json`` per finished matrix. Each file is written beside its place and renamed, the
-JSON last, so that a matrix either is there whole or is not there.
+and ``modules/<name>.json`` per finished matrix, ``lock``. Each file is written beside its place and renamed, the
+JSON last, so that a matrix either is there whole or is not there. The lock is the process's: it ends with it, whatever
+ends it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +25,10 @@ from safetensors.torch import save as save_tensors
 
 from cospadi.errors import InputError
 from cospadi.factor import FactorSpec, SparseFactor
+
+LOCK_FILE = "lock"
+HASHES = ("weights", "calibration_ids")
+"""Settings that are hashes; a difference in others explains more."""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -53,13 +59,13 @@ class WorkDir:
     path : Path
         The directory; created if missing.
     settings : mapping
-        Everything that decides the result (weights, calibration ids, recipe). A directory made under
-        other settings is refused, the first difference named.
+        Everything that decides the result (weights, calibration ids, recipe). A directory with results made under
+        other settings is refused, the first difference named; one without results is taken over.
 
     Raises
     ------
     InputError
-        The directory belongs to another run, or cannot be written.
+        The directory belongs to another run, is in use by another process, or cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -69,19 +75,37 @@ class WorkDir:
         wanted = json.loads(json.dumps(settings))
         self.fingerprint = fingerprint(wanted)
         run_file = path / "run.json"
-        if run_file.exists():
-            self._check_same_run(run_file, wanted)
-        else:
-            if path.exists() and any(path.iterdir()):
-                raise InputError(
-                    f"{path}: exists and is not a work directory; move it or choose another --out"
-                )
+        is_ours = run_file.exists()
+        if not is_ours and path.exists() and any(item.name != LOCK_FILE for item in path.iterdir()):
+            raise InputError(
+                f"{path}: exists and is not a work directory; move it or choose another --out"
+            )
+        try:
+            self._modules.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / LOCK_FILE).open("w")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be created: {error.strerror or error}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(
+                f"{path}: another process is writing this --out; wait for it or choose another"
+            ) from None
+        if is_ours and not self.is_empty:
             try:
-                self._modules.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be created: {error.strerror or error}") from None
-            record = {"fingerprint": self.fingerprint, "settings": wanted}
-            write_atomic(run_file, json.dumps(record, indent=1).encode())
+                self._check_same_run(run_file, wanted)
+            except InputError:
+                self.close()
+                raise
+            return
+        record = {"fingerprint": self.fingerprint, "settings": wanted}
+        write_atomic(run_file, json.dumps(record, indent=1).encode())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no matrix is finished."""
+        return not any(self._modules.glob("*.json"))
 
     def _check_same_run(self, run_file: Path, wanted: dict[str, Any]) -> None:
         try:
@@ -90,7 +114,9 @@ class WorkDir:
             raise InputError(f"{run_file}: damaged; delete {self.path} to start anew") from None
         if found == wanted:
             return
-        for key in sorted(set(found) | set(wanted)):
+        # settings of the user first: they are what explains a changed hash
+        keys = [key for key in wanted if key not in HASHES] + [*HASHES, *sorted(found)]
+        for key in keys:
             if found.get(key) != wanted.get(key):
                 raise InputError(
                     f"{self.path}: holds an unfinished run with other settings ({key}: "
@@ -127,5 +153,16 @@ class WorkDir:
             return None
 
     def remove(self) -> None:
-        """Delete the directory after the checkpoint was written."""
+        """Delete the directory after the checkpoint was written, or when nothing in it is worth keeping."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the directory; the end of the context does the same."""
+        self._lock.close()
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
