@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 WHEEL := ls dist/cospadi-*.whl
 SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' \)) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint format dev cpp-test bench clean
+.PHONY: demo test lint tidy format dev cpp-test bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo/run.py _demo
@@ -55,6 +55,14 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check python tests bench
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu')
+
+# Slow. clang brings no omp.h of its own: it reads the compiler's.
+tidy: $(TOOLS)
+	cmake -S . -B build/tidy -G Ninja -DCOSPADI_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
+	mkdir -p build/tidy/include && cp "$$($${CC:-gcc} -print-file-name=include/omp.h)" build/tidy/include/
+	for file in csrc/core/*.cpp csrc/cpu/*.cpp; do \
+	  $(BIN)/clang-tidy -p build/tidy --quiet --extra-arg=-isystembuild/tidy/include $$file || exit 1; \
+	done
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix python tests bench

@@ -34,7 +34,7 @@ struct Blocking {
 
 constexpr int64_t kMaxDepth = 256;
 constexpr int64_t kMaxBlock = 4096;
-constexpr int64_t kMaxPacked = 2 * 1024 * 1024;  // elements of a and b packed at once
+constexpr int64_t kMaxPacked = int64_t{2} * 1024 * 1024;  // elements of a and b packed at once
 constexpr int64_t kRowTile = 168;
 constexpr int64_t kColTile = 512;
 

@@ -180,6 +180,7 @@ OmpStats omp_encode(MatrixView<const T> gram,
   return stats;
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): a type cannot be in parentheses
 #define COSPADI_INSTANTIATE_OMP(T)                                              \
   template int64_t omp_workspace_bytes<T>(int64_t, int64_t, const OmpOptions&); \
   template OmpStats omp_encode<T>(MatrixView<const T>,                          \
@@ -192,5 +193,6 @@ OmpStats omp_encode(MatrixView<const T> gram,
 COSPADI_INSTANTIATE_OMP(float);
 COSPADI_INSTANTIATE_OMP(double);
 #undef COSPADI_INSTANTIATE_OMP
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace cospadi

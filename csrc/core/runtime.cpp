@@ -34,7 +34,7 @@ bool has_avx512() {
 #endif
 
 // Narrowest first.
-const Target kTargets[] = {
+constexpr Target kTargets[] = {
     {"generic", [] { return true; }, cpu::generic_table},
 #ifdef COSPADI_X86
     {"avx2", has_avx2, cpu::avx2_table},

@@ -275,8 +275,8 @@ void Product::multiply_few(int64_t first_row, int64_t rows) const {
 
 /// S expanded to packed panels, block of columns by block of columns, and multiplied as dense.
 void Product::multiply_many() const {
-  constexpr int64_t kDepth = 256;                   // elements: a panel stays in the L1 cache
-  constexpr int64_t kPackedElements = 1024 * 1024;  // of z at a time: 4 MiB
+  constexpr int64_t kDepth = 256;  // elements: a panel stays in the L1 cache
+  constexpr int64_t kPackedElements = int64_t{1024} * 1024;  // of z at a time: 4 MiB
   constexpr int64_t kMaxRows = 512;
   const int64_t word_elements = kernels.word_elements(z.dtype, s.type());
   const int64_t n_words = ceil_div(s.n_atoms(), cpu::kMaskWord);

@@ -172,7 +172,7 @@ double row_energy(const T* row, int64_t dim) noexcept {
     for (int chain = 0; chain < kChains; ++chain) add(chain, j + chain * kLanes);
   }
   for (; j + kLanes <= dim; j += kLanes) add(0, j);
-  double energy = lane_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  auto energy = lane_sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; j < dim; ++j) energy += static_cast<double>(row[j]) * static_cast<double>(row[j]);
   return energy;
 }

@@ -25,7 +25,7 @@ constexpr ExpandTables make_expand_tables() {
   ExpandTables tables{};
   for (int bits = 0; bits < 256; ++bits) {
     int next = 0;
-    for (int i = 0; i < 8; ++i) {
+    for (int64_t i = 0; i < 8; ++i) {
       const bool used = ((bits >> i) & 1) != 0;
       tables.words[bits][2 * i] = static_cast<uint8_t>(used ? 2 * next : 0x80);
       tables.words[bits][2 * i + 1] = static_cast<uint8_t>(used ? 2 * next + 1 : 0x80);
@@ -81,7 +81,7 @@ struct ExpandedFloats {
 };
 
 inline float sum_lanes(Vec<float> v) {
-  const __m256 all = reinterpret_cast<__m256>(v);
+  const auto all = reinterpret_cast<__m256>(v);
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));

@@ -28,7 +28,7 @@ inline void transpose(Vec<float>* rows, const Put& put) {
   for (int round = 1; round < kW; round *= 2) {
     Vec<float> next[kW];
 #pragma GCC unroll 8
-    for (int i = 0; i < kW / 2; ++i) {
+    for (int64_t i = 0; i < kW / 2; ++i) {
       next[2 * i] = interleave<0>(rows[i], rows[i + kW / 2]);
       next[2 * i + 1] = interleave<kW / 2>(rows[i], rows[i + kW / 2]);
     }

@@ -7,7 +7,7 @@
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(COSPADI_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  static constexpr int width = COSPADI_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  static constexpr int kLanes = COSPADI_VECTOR_BYTES / static_cast<int>(sizeof(T));
 };
 
 /// Vector of T; loads and stores through it need only the alignment of T.
@@ -15,7 +15,7 @@ template <class T>
 using Vec = typename VecOf<T>::type;
 
 template <class T>
-inline constexpr int kWidth = VecOf<T>::width;
+inline constexpr int kWidth = VecOf<T>::kLanes;
 
 template <class T>
 inline Vec<T> load(const T* p) {
