@@ -61,7 +61,7 @@ tidy: $(TOOLS)
 	cmake -S . -B build/tidy -G Ninja -DCOSPADI_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
 	mkdir -p build/tidy/include && cp "$$($${CC:-gcc} -print-file-name=include/omp.h)" build/tidy/include/
 	for file in csrc/core/*.cpp csrc/cpu/*.cpp; do \
-	  $(BIN)/clang-tidy -p build/tidy --quiet --extra-arg=-isystembuild/tidy/include $$file || exit 1; \
+	  $(BIN)/clang-tidy -p build/tidy --quiet --extra-arg=-isystem$(CURDIR)/build/tidy/include $$file || exit 1; \
 	done
 
 format: $(TOOLS)

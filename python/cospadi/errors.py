@@ -1,7 +1,8 @@
 """Exception types of cospadi.
 
 Every message is one line that names what was wrong (layer, argument, file), what was expected, what came, and how to
-fix it. The command line maps the types to exit codes: 2 for `InputError`, 4 for `VerificationError`.
+fix it. The command line maps the types to exit codes: 2 for `InputError` and `CudaUnavailableError`, 4 for
+`VerificationError`, 1 for the others.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ class CheckpointError(InputError):
     """A compressed checkpoint that is damaged, inconsistent or made by a newer version."""
 
 
+class NotCompressedError(CheckpointError):
+    """There is no compressed checkpoint: no folder, no config, or a config without our compression."""
+
+
 class NativeError(CospadiError, RuntimeError):
     """The native library reported a failure that is not the caller's argument."""
 
 
 class CudaUnavailableError(NativeError):
     """CUDA was asked for, but this build or this machine has none."""
+
+    exit_code = 2
 
 
 class FitError(CospadiError):

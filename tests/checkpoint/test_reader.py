@@ -16,7 +16,7 @@ from compressed_models import (
 from safetensors.torch import load_file, save_file
 
 from cospadi.checkpoint.reader import INDEX_FILE, SINGLE_FILE, read_checkpoint
-from cospadi.errors import CheckpointError
+from cospadi.errors import CheckpointError, NotCompressedError
 from cospadi.model.layers import compressed_modules
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -214,12 +214,15 @@ def test_unknown_names(stored):
 
 
 def test_folder_errors(copied, tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(NotCompressedError, match="no such folder"):
         read_checkpoint(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+    with pytest.raises(NotCompressedError, match=r"config.json is missing"):
         read_checkpoint(tmp_path)
+    edit_config(copied, lambda c: c["quantization_config"].update(quant_method="gptq"))
+    with pytest.raises(NotCompressedError, match=r"quant_method: expected 'cospadi', got 'gptq'"):
+        read_checkpoint(copied)
     edit_config(copied, lambda c: c.pop("quantization_config"))
-    with pytest.raises(CheckpointError, match="not compressed"):
+    with pytest.raises(NotCompressedError, match="not compressed"):
         read_checkpoint(copied)
     (copied / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not valid JSON"):

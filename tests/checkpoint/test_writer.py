@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from cospadi.checkpoint import atomic
 from cospadi.checkpoint.format import CospadiConfigData
-from cospadi.checkpoint.manifest import MANIFEST_FILE, verify_manifest
+from cospadi.checkpoint.manifest import MANIFEST_FILE, has_manifest, verify_manifest
 from cospadi.checkpoint.reader import read_checkpoint
 from cospadi.checkpoint.writer import write_checkpoint
 from cospadi.errors import CheckpointError, InputError
@@ -279,6 +279,10 @@ def test_malformed_manifest(copied, content):
 
 
 def test_missing_manifest(copied):
+    assert has_manifest(copied)
     (copied / MANIFEST_FILE).unlink()
+    assert not has_manifest(copied)
     with pytest.raises(CheckpointError, match=f"{MANIFEST_FILE}: missing"):
         verify_manifest(copied)
+    (copied / MANIFEST_FILE).symlink_to("nowhere")
+    assert has_manifest(copied)

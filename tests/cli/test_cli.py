@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_generate_is_greedy_and_reproducible(compressed, cli):
 def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
     out, _ = compressed
     code, stdout, _ = cli("verify", out, "--source", tiny_model_dir("llama"))
-    assert code == 0 and "hold" in stdout
+    assert code == 0 and "hashes, shapes, masks and values of 14 modules hold" in stdout
+    assert "14 of 14 stated errors hold" in stdout
     code, _, _ = cli("export", "--dense", out, "--out", tmp_path / "dense")
     assert code == 0 and (tmp_path / "dense/config.json").exists()
     weights = out / "model.safetensors"
@@ -119,15 +121,135 @@ def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
     assert code == 4 and "model.safetensors" in stderr
 
 
-def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
-    import shutil
+def one_line(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    return lines[0]
 
+
+@pytest.fixture
+def copied(compressed, tmp_path) -> Path:
+    return Path(shutil.copytree(compressed[0], tmp_path / "copied"))
+
+
+def test_verify_without_a_manifest_says_so(copied, cli):
+    (copied / "cospadi_manifest.json").unlink()
+    code, stdout, stderr = cli("verify", copied)
+    assert code == 0 and one_line(stderr).startswith("note: cospadi_manifest.json is missing")
+    assert "shapes, masks and values of 14 modules hold" in stdout and "hashes" not in stdout
+
+
+def test_verify_exit_codes(copied, cli, tiny_model_dir, tmp_path):
+    code, stdout, _ = cli("verify", "--help")
+    assert code == 0 and all(text in stdout for text in ("Exit codes", "0 every", "2 no", "4 some"))
+    for folder in (tmp_path / "nothing", tiny_model_dir("llama")):
+        code, _, stderr = cli("verify", folder)
+        assert code == 2 and one_line(stderr).startswith("error: ")
+    code, _, stderr = cli("verify", copied, "--calibration", "builtin")
+    assert code == 2 and "--source" in one_line(stderr)
+    code, _, stderr = cli("verify", copied, "--source", tiny_model_dir("gpt2"))
+    assert code == 4 and "another model" in one_line(stderr)
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, stderr = cli("verify", copied)
+    assert code == 4 and "truncated" in one_line(stderr)
+
+
+def test_a_compressed_folder_without_a_tokenizer(copied, cli, tiny_text, tmp_path):
+    (copied / "tokenizer.json").unlink()
+    ids = tmp_path / "ids.safetensors"
+    save_file({"evaluation": torch.arange(2, 300)}, ids)
+    by_ids = ["eval", copied, "--context", 64, "--text", ids]
+    commands = (
+        ["eval", copied, "--context", 64, "--text", tiny_text],
+        ["generate", copied, "--prompt", "The"],
+    )
+    for command in commands:
+        code, _, stderr = cli(*command)
+        assert code == 2 and f"error: {copied} has no tokenizer" in one_line(stderr)
+    (copied / "tokenizer_config.json").unlink()
+    code, stdout, stderr = cli(*by_ids)
+    assert code == 0 and "4 windows of 64" in stdout, stderr
+
+
+@pytest.mark.parametrize("content", ["[1", "{}", '{"modules": {}}', None])
+def test_inspect_tells_when_the_report_is_missing_or_damaged(copied, cli, content):
+    report = copied / "cospadi_report.json"
+    if content is None:
+        report.unlink()
+    else:
+        report.write_text(content)
+    code, stdout, stderr = cli("inspect", copied)
+    assert code == 0 and "error ?" in stdout
+    state = "missing" if content is None else "damaged or incomplete"
+    assert one_line(stderr).startswith(f"warning: {report} is {state}: the errors of 14 of 14")
+    code, stdout, _ = cli("inspect", copied, "--json", "-")
+    assert code == 0 and len(json.loads(stdout)["modules"]) == 14
+
+
+def test_inspect_of_a_report_with_one_wrong_error(copied, cli):
+    report = json.loads((copied / "cospadi_report.json").read_text())
+    report["modules"]["model.layers.0.mlp.up_proj"]["relative_error"] = "small"
+    report["failed"] = [3]
+    (copied / "cospadi_report.json").write_text(json.dumps(report))
+    code, stdout, stderr = cli("inspect", copied)
+    assert code == 0 and stdout.count("error ?") == 1 and "1 of 14" in one_line(stderr)
+
+
+def test_surplus_tensors_are_reported(cli, damaged_dir, tmp_path):
+    weights = damaged_dir / "model.safetensors"
+    extra = {"model.layers.2.mlp.up_proj.weight": torch.zeros(3, 3), "z.weight": torch.zeros(3)}
+    save_file(load_file(weights) | extra, weights, metadata={"format": "pt"})
+    ids = tmp_path / "ids.safetensors"
+    save_file({"evaluation": torch.arange(2, 300)}, ids)
+    for command in (
+        ["eval", damaged_dir, "--context", 64, "--text", ids],
+        ["export", "--dense", damaged_dir, "--out", tmp_path / "dense"],
+        ["generate", damaged_dir, "--prompt", "The", "--max-new-tokens", 2],
+    ):
+        code, _, stderr = cli(*command)
+        assert code == 0
+        first = stderr.splitlines()[0]
+        assert first.startswith("warning: damaged: 2 tensors of the checkpoint"), stderr
+        assert "first model.layers.2.mlp.up_proj.weight" in first
+
+
+def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir("llama"), tmp_path / "copy")
     (copy / "model.safetensors").unlink()
     code, stdout, stderr = cli("plan", copy, "--ratio", 0.4, "--json", tmp_path / "p.json")
     assert code == 0, stderr
     assert "removed" in stdout
     assert json.loads((tmp_path / "p.json").read_text())["ratio"]["stored"] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compress", "--ratio", "abc"], "--ratio"),
+        (["plan", "x", "--samplse", "3"], "--samplse"),
+        (["plan"], "MODEL"),
+        (["generate", "x"], "--prompt"),
+        (["nonsense"], "nonsense"),
+        (["--nonsense"], "--nonsense"),
+        (["compress", "x", "--out", "y", "--device", "cuda"], "cuda"),
+    ],
+)
+def test_usage_errors_give_one_line_and_exit_2(arguments, words, cli):
+    code, stdout, stderr = cli(*arguments)
+    assert code == 2 and stdout == ""
+    line = one_line(stderr)
+    assert line.startswith("error: ") and words.lower() in line.lower()
+
+
+def test_help_and_version(cli):
+    for arguments in (["--help"], ["compress", "--help"]):
+        code, stdout, stderr = cli(*arguments)
+        assert code == 0 and stdout.startswith("Usage: ") and stderr == ""
+    code, stdout, _ = cli("--version")
+    assert code == 0 and len(stdout.split()) == 1
+    code, stdout, stderr = cli()
+    assert code == 2 and stdout == "" and stderr.startswith("Usage: ") and "compress" in stderr
 
 
 def test_doctor(cli):
@@ -285,6 +407,46 @@ def test_layers_left_dense_after_a_failure_give_exit_3(cli, damaged_dir, tiny_te
     assert code == 3, stderr
     assert "partial" in stderr and "self_attn.q_proj" in stderr
     assert (tmp_path / "o/config.json").exists()
+
+
+def interruptible() -> None:
+    # a test run in the background of a shell ignores the signal, and its children do too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_says_that_the_same_command_resumes(tiny_model_dir, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
+    command += ["--calibration", tiny_text, "--samples", 8, "--sequence-length", 64]
+    command = list(map(str, [*command, "--iterations", 3]))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[3/"):
+            os.kill(process.pid, signal.SIGINT)
+            break
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert one_line(stderr) == "interrupted; finished matrices are kept, the same command resumes"
+    assert not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming: " in done.stdout
+    assert (out / "config.json").exists()
+
+
+def test_ctrl_c_elsewhere_promises_nothing(cli, monkeypatch, tmp_path):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cospadi.pipeline.verify.verify_checkpoint", interrupt)
+    code, _, stderr = cli("verify", tmp_path)
+    assert code == 130 and one_line(stderr) == "interrupted"
 
 
 def test_kill_9_leaves_nothing_that_loads_and_resumes(tiny_model_dir, tiny_text, tmp_path):

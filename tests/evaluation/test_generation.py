@@ -41,6 +41,8 @@ def test_one_token_needs_no_decode_step(tiny_tokenizer):
 
 def test_errors(tiny_tokenizer):
     model = make_model("llama")
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        generate_text(model, None, "text", 3)
     with pytest.raises(InputError, match="prompt is empty"):
         generate_text(model, tiny_tokenizer, "", 5)
     with pytest.raises(InputError, match="max_new_tokens"):

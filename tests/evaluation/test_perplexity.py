@@ -200,6 +200,13 @@ def test_range_of_documents(tmp_path, tiny_tokenizer):
     assert tokenize_text(tiny_tokenizer, "an array [1:3]").tolist() == encoded("an array [1:3]")
 
 
+def test_only_token_ids_need_no_tokenizer(tmp_path):
+    save_file({"evaluation": token_ids(9)}, tmp_path / "ids.safetensors")
+    assert torch.equal(tokenize_text(None, tmp_path / "ids.safetensors"), token_ids(9))
+    with pytest.raises(InputError, match="text needs a tokenizer"):
+        tokenize_text(None, "some words")
+
+
 def test_missing_text(tiny_tokenizer, tmp_path):
     for source in ("no.txt", "/no/such/file of text.txt", tmp_path / "no", "no.safetensors"):
         with pytest.raises(InputError, match="does not exist"):

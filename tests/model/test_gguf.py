@@ -128,9 +128,23 @@ def test_truncated_gguf(gguf_files, tmp_path, keep):
     data = gguf_files["f32"].read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(InputError) as caught:
+    for open_model in (open_source, source_shapes):
+        with pytest.raises(InputError, match=r"cut\.gguf.*(damaged|cut short)") as caught:
+            open_model(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_whole_gguf_of_an_unknown_architecture_is_not_called_damaged(tmp_path):
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(str(path), "no-such-architecture")
+    writer.add_tensor("x", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="cannot read the configuration") as caught:
         open_source(path)
-    assert "\n" not in str(caught.value)
+    assert "damaged" not in str(caught.value)
 
 
 def test_file_that_is_no_gguf(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cospadi.errors import InputError
+from cospadi.model.files import read_json
 from cospadi.model.source import open_source, source_shapes
 from tiny_models import make_model
 
@@ -142,6 +143,9 @@ def test_missing_tokenizer(damaged_dir):
 def test_damaged_tokenizer(damaged_dir):
     (damaged_dir / "tokenizer.json").write_text('{"model": 3}')
     fails(damaged_dir, "cannot load the tokenizer")
+    (damaged_dir / "tokenizer.json").write_text("{}")
+    message = fails(damaged_dir, r"cannot load the tokenizer from .*tokenizer\.json \(")
+    assert str(damaged_dir) in message and "Error: " in message
 
 
 def test_foreign_tokenizer(damaged_dir):
@@ -194,7 +198,7 @@ def test_config_that_describes_a_huge_model_allocates_nothing(damaged_dir):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "vit"}, "cannot build"),
         ({"model_type": "no_such_model"}, "cannot read the configuration"),
@@ -215,14 +219,75 @@ def test_bad_config(damaged_dir, changes, match):
 
 def test_unknown_activation_or_negative_epsilon_is_caught_by_running(damaged_dir):
     edit_config(damaged_dir, rms_norm_eps=-1e6)
-    fails(damaged_dir, "non-finite logits")
+    fails(damaged_dir, r"non-finite logits, first seen in .* model\.layers\.0\.input_layernorm: ")
+
+
+def test_overflowing_weights_name_the_first_module(damaged_dir):
+    def enlarge(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
+
+    edit_weights(damaged_dir, enlarge)
+    message = fails(damaged_dir, "non-finite logits")
+    assert "output of model.layers.1.mlp.up_proj: its weights overflow" in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "open_model"),
+    [
+        ("BertForMaskedLM", open_source),
+        ("BertModel", open_source),
+        ("BertLMHeadModel", open_source),
+        ("BertForMaskedLM", source_shapes),
+        ("BertModel", source_shapes),
+        ("ModernBertModel", source_shapes),
+    ],
+)
+def test_encoders_are_refused(architecture, open_model, tiny_tokenizer, tmp_path):
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {name: 1 for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = cls.config_class(vocab_size=384, intermediate_size=64, **sizes, **special)
+    cls(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    fails(tmp_path, "no causal language model", open_model)
+
+
+def test_an_encoder_family_s_decoder_opens(tiny_tokenizer, tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=384, intermediate_size=64, is_decoder=True, **sizes)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert open_source(tmp_path).config.is_decoder
+
+
+def test_surplus_tensors_are_noted(damaged_dir):
+    assert open_source(damaged_dir).notes == ()
+    edit_weights(damaged_dir, lambda t: t.update({"model.layers.9.x": torch.zeros(2)}))
+    (note,) = open_source(damaged_dir).notes
+    assert "1 tensor of the checkpoint, first model.layers.9.x, not used" in note
+    edit_weights(damaged_dir, lambda t: t.update({"a.x": torch.zeros(2)}))
+    (note,) = open_source(damaged_dir).notes
+    assert "2 tensors of the checkpoint, first a.x, not used" in note
+
+
+def test_a_file_that_cannot_be_read_is_not_called_invalid(tmp_path):
+    # a folder in its place: permissions do not stop a superuser
+    (tmp_path / "config.json").mkdir()
+    message = fails(tmp_path / "config.json", "cannot be read", read_json)
+    assert "JSON" not in message and str(tmp_path) in message
+    (tmp_path / "x.json").write_bytes(b"\xff")
+    fails(tmp_path / "x.json", r"x\.json is not valid JSON: it is not UTF-8", read_json)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\x00", '{"a": }', "[" * 5000])
 @pytest.mark.parametrize("open_model", [open_source, source_shapes])
 def test_config_that_is_no_json_object(damaged_dir, text, open_model):
     (damaged_dir / "config.json").write_text(text)
-    fails(damaged_dir, "config.json", open_model)
+    assert str(damaged_dir) in fails(damaged_dir, r"config\.json", open_model)
 
 
 def test_fuzzed_config_opens_or_fails_in_one_line(damaged_dir):

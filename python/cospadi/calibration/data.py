@@ -121,8 +121,20 @@ def load_calibration(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool) -> list[int]:
-    """Tokenise one text, without advice about its length."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase | None, text: str, *, special_tokens: bool
+) -> list[int]:
+    """Tokenise one text, without advice about its length.
+
+    Raises
+    ------
+    InputError
+        There is no tokenizer, as with a compressed checkpoint whose folder holds none.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "text needs a tokenizer, the model came without one: give token ids (.safetensors) instead"
+        )
     ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return ids
 

@@ -12,9 +12,9 @@ from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
 from cospadi.checkpoint.strict_json import brief_text
 from cospadi.errors import CheckpointError, CospadiError, CudaUnavailableError, InputError
 from cospadi.factor import brief
+from cospadi.model.files import vocabulary_file
 
 _DEPTH_KEY = re.compile(r"(num_.*(layers|blocks)|n_?layers?|n_blocks)", re.ASCII)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def load(
@@ -100,7 +100,7 @@ def _load_model(checkpoint: CompressedCheckpoint, dtype: torch.dtype | None) -> 
 
 
 def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if vocabulary_file(folder) is None:
         return None
     from transformers import AutoTokenizer
 

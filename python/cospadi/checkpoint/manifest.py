@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,7 +29,7 @@ class ManifestReport:
     n_files : int
         Files that the manifest lists.
     problems : tuple of str
-        One line per listed file that is missing or differs.
+        One line per listed file that is missing, differs or cannot be read.
     unlisted : tuple of str
         Files of the folder that the manifest does not know; not a problem by themselves.
     """
@@ -50,6 +51,11 @@ def write_manifest(folder: Path) -> None:
     }
     text = json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def has_manifest(path: str | Path) -> bool:
+    """Whether the folder has a manifest, be it damaged; ``save_pretrained`` writes a folder without one."""
+    return os.path.lexists(Path(path) / MANIFEST_FILE)
 
 
 def verify_manifest(path: str | Path) -> ManifestReport:
@@ -82,11 +88,14 @@ def verify_manifest(path: str | Path) -> ManifestReport:
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        size = file.stat().st_size
-        if size != item.get("bytes"):
-            problems.append(f"{file}: expected {brief(item.get('bytes'))} bytes, got {size}")
-        elif _sha256(file) != item.get("sha256"):
-            problems.append(f"{file}: its SHA-256 differs from the manifest's")
+        try:
+            size = file.stat().st_size
+            if size != item.get("bytes"):
+                problems.append(f"{file}: expected {brief(item.get('bytes'))} bytes, got {size}")
+            elif _sha256(file) != item.get("sha256"):
+                problems.append(f"{file}: its SHA-256 differs from the manifest's")
+        except OSError as error:
+            problems.append(f"{file}: cannot be read ({error.strerror or error})")
     unlisted = sorted(
         name
         for file in folder.rglob("*")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from cospadi.checkpoint.format import CONFIG_KEY, CospadiConfigData
+from cospadi.checkpoint.format import CONFIG_KEY, QUANT_METHOD, CospadiConfigData
 from cospadi.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
 from cospadi.checkpoint.strict_json import brief_text, read_json_object
-from cospadi.errors import CheckpointError
+from cospadi.errors import CheckpointError, NotCompressedError
 from cospadi.factor import SparseFactor, brief, dtype_name
 
 CONFIG_FILE = "config.json"
@@ -109,9 +109,10 @@ def read_checkpoint(path: str | Path) -> CompressedCheckpoint:
 
     Raises
     ------
+    NotCompressedError
+        If there is no folder or no config.json, or config.json names no compression or another one.
     CheckpointError
-        If it is not a compressed checkpoint, is damaged, or was made by a newer version; names file
-        and tensor.
+        If the checkpoint is damaged or was made by a newer version; names file and tensor.
     """
     try:
         return _read_checkpoint(Path(path))
@@ -121,17 +122,23 @@ def read_checkpoint(path: str | Path) -> CompressedCheckpoint:
 
 def _read_checkpoint(folder: Path) -> CompressedCheckpoint:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise NotCompressedError(f"{folder}: no such folder")
     config_file = folder / CONFIG_FILE
     if not config_file.exists():
-        raise CheckpointError(
+        raise NotCompressedError(
             f"{folder}: {CONFIG_FILE} is missing: not a model folder, or one left unfinished"
         )
     config = read_json_object(checked_file(folder, CONFIG_FILE))
-    if config.get(CONFIG_KEY) is None:
-        raise CheckpointError(f"{config_file}: no {CONFIG_KEY}: this model is not compressed")
+    section = config.get(CONFIG_KEY)
+    if section is None:
+        raise NotCompressedError(f"{config_file}: no {CONFIG_KEY}: this model is not compressed")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if isinstance(method, str) and method != QUANT_METHOD:
+        raise NotCompressedError(
+            f"{config_file}: {CONFIG_KEY}.quant_method: expected {QUANT_METHOD!r}, got {brief(method)}"
+        )
     try:
-        data = CospadiConfigData.parse(config[CONFIG_KEY])
+        data = CospadiConfigData.parse(section)
     except CheckpointError as error:
         raise CheckpointError(f"{config_file}: {error}") from None
     tensors = read_headers(folder)

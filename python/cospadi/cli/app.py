@@ -9,12 +9,17 @@ import typer
 from cospadi.cli import compare, compress, doctor, evaluate, export, generate, inspect, plan, verify
 from cospadi.errors import CospadiError
 
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_RESUMABLE = ("compress", "compare")
+# click's UsageError, the base of all that the parser raises; newer versions of typer carry a click of their own, out of
+# which they publish this subclass only.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="cospadi",
     help="Shrink a large language model to a byte budget by calibration-guided sparse dictionaries.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,6 +37,7 @@ app.command("doctor")(doctor.doctor_command)
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     if version:
@@ -39,6 +45,9 @@ def _root(
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(EXIT_USAGE)
 
 
 def main() -> None:
@@ -46,14 +55,33 @@ def main() -> None:
 
     0 ok, 1 internal, 2 usage or input, 3 partial result, 4 verification failed, 130 interrupted.
     """
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command of ``sys.argv`` and return the exit code."""
     try:
-        app()
+        # typer's own handling of errors prints several lines, and nothing at all for Ctrl-C
+        result = app(standalone_mode=False)
     except CospadiError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
+        return _report(str(error), error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("interrupted; finished matrices are kept, the same command resumes", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        result = EXIT_INTERRUPTED
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "cospadi"
+        return _report(f"{error.format_message().rstrip('.')} (see {command} --help)", EXIT_USAGE)
+    # the code of a typer.Exit, to which typer turns Ctrl-C too; None from a command that ran to its end
+    code = result if isinstance(result, int) else 0
+    if code == EXIT_INTERRUPTED:
+        resumes = any(argument in _RESUMABLE for argument in sys.argv[1:2])
+        kept = "; finished matrices are kept, the same command resumes" if resumes else ""
+        typer.echo(f"interrupted{kept}", err=True)
+    return code
+
+
+def _report(text: str, code: int) -> int:
+    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
+
 from cospadi.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers|torch")
+
+
+def show_warning(text: str) -> None:
+    """Print one line about something the user should know that is no error."""
+    typer.echo(f"warning: {text}", err=True)
 
 
 def build_recipe(recipe_file: Path | None, options: dict[str, Any], settings: list[str]) -> Recipe:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cospadi.cli.common import quiet_libraries, set_threads, word_list, write_json
+from cospadi.cli.common import (
+    quiet_libraries,
+    set_threads,
+    show_warning,
+    word_list,
+    write_json,
+)
 from cospadi.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,9 +65,11 @@ def eval_command(
         from cospadi.evaluation.tasks import check_tasks
 
         check_tasks(names, data_dir=task_data)
-    from cospadi.pipeline.open_model import open_model
+    from cospadi.pipeline.open_model import open_model, require_tokenizer
 
-    opened, tokenizer = open_model(model, dtype=dtype)
+    if names or not str(text).endswith(".safetensors"):  # a file of token ids needs none
+        require_tokenizer(model)
+    opened, tokenizer = open_model(model, dtype=dtype, warn=show_warning)
     data: dict[str, Any] = {"model": model}
     quiet = str(json_out) == "-"
     if text is not None:

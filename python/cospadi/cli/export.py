@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import quiet_libraries
+from cospadi.cli.common import quiet_libraries, show_warning
 from cospadi.errors import InputError
 
 
@@ -26,5 +26,5 @@ def export_command(
         raise InputError("export: name the form to write; this version offers --dense")
     from cospadi.pipeline.open_model import export_model
 
-    export_model(model, out, dtype=dtype)
+    export_model(model, out, dtype=dtype, warn=show_warning)
     typer.echo(f"{out}: dense {dtype} model written")

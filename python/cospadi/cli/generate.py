@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import quiet_libraries, set_threads, write_json
+from cospadi.cli.common import quiet_libraries, set_threads, show_warning, write_json
 
 
 def generate_command(
@@ -27,9 +27,10 @@ def generate_command(
     quiet_libraries()
     set_threads(threads)
     from cospadi.evaluation.generation import generate_text
-    from cospadi.pipeline.open_model import open_model
+    from cospadi.pipeline.open_model import open_model, require_tokenizer
 
-    opened, tokenizer = open_model(model, dtype=dtype)
+    require_tokenizer(model)
+    opened, tokenizer = open_model(model, dtype=dtype, warn=show_warning)
     text, speed = generate_text(opened, tokenizer, prompt, max_new_tokens)
     write_json(json_out, {"prompt": prompt, "text": text, "tokens_per_second": speed})
     if str(json_out) != "-":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import describe_ratio, megabytes, write_json
+from cospadi.cli.common import describe_ratio, megabytes, show_warning, write_json
 
 
 def inspect_command(
@@ -14,17 +14,26 @@ def inspect_command(
     json_out: Path | None = typer.Option(None, "--json", help="Write as JSON; - for stdout."),
 ) -> None:
     """Show what is in a compressed directory: per module k, s, shapes and error; three ratios."""
+    from cospadi.pipeline.finalize import REPORT_FILE
     from cospadi.pipeline.inspect import inspect_checkpoint
 
     data = inspect_checkpoint(directory)
+    errors = {name: module["relative_error"] for name, module in data["modules"].items()}
+    unknown = [name for name, error in errors.items() if not isinstance(error, (int, float))]
+    if unknown:
+        report = directory / REPORT_FILE
+        state = "damaged or incomplete" if report.exists() else "missing"
+        show_warning(
+            f"{report} is {state}: the errors of {len(unknown)} of {len(errors)} modules are unknown"
+        )
     write_json(json_out, data)
     if str(json_out) == "-":
         return
     for name, module in data["modules"].items():
-        error = module["relative_error"]
+        error = "?" if name in unknown else format(errors[name], ".4f")
         typer.echo(
             f"{name}  {module['d_in']}x{module['d_out']}  k={module['n_atoms']} s={module['sparsity']} "
-            f"{module['support']}  error {'?' if error is None else format(error, '.4f')}  "
+            f"{module['support']}  error {error}  "
             f"{module['stored_bytes']:,} bytes"
         )
     for part in ("linears", "model"):
@@ -34,4 +43,4 @@ def inspect_command(
             f"{part}: {megabytes(size['dense'])} -> {megabytes(size['stored'])}; {describe_ratio(ratio)}"
         )
     if data["failed"]:
-        typer.echo(f"left dense after a failure: {', '.join(data['failed'])}")
+        typer.echo(f"left dense after a failure: {', '.join(map(str, data['failed']))}")

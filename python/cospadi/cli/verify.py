@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from cospadi.cli.common import quiet_libraries, set_threads
+from cospadi.errors import InputError
 
 
 def verify_command(
@@ -16,17 +17,35 @@ def verify_command(
         help="The original model: recompute every stated error from the files and its recipe's calibration.",
     ),
     calibration: str | None = typer.Option(
-        None, help="Where the calibration text is now, if it moved."
+        None, help="Where the calibration text is now, if it moved; with --source."
     ),
     threads: int | None = typer.Option(None, help="Threads; all cores by default."),
 ) -> None:
-    """Check hashes, shapes, masks and values of a compressed directory; exit code 4 if something is wrong."""
+    """Check hashes, shapes, masks and values of a compressed directory, and with --source its stated errors.
+
+    Exit codes: 0 everything holds (without a manifest, as save_pretrained leaves it, hashes are not checked: a note
+    says so); 2 no compressed directory, or a source or calibration that cannot be opened; 4 something is missing,
+    damaged, cannot be read or contradicts what is stated, or the source is another model.
+    """
     quiet_libraries()
     set_threads(threads)
+    if calibration is not None and source is None:
+        raise InputError("verify: --calibration belongs to --source, which is missing")
+    from cospadi.checkpoint.manifest import MANIFEST_FILE, has_manifest
     from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 
     n_modules = verify_checkpoint(directory)
-    typer.echo(f"{directory}: hashes, shapes, masks and values of {n_modules} modules hold")
+    checked = "shapes, masks and values"
+    if has_manifest(directory):
+        checked = f"hashes, {checked}"
+    else:
+        typer.echo(
+            f"note: {MANIFEST_FILE} is missing (save_pretrained writes none): hashes were not checked",
+            err=True,
+        )
+    typer.echo(f"{directory}: {checked} of {n_modules} modules hold")
     if source is not None:
         worst = verify_errors(directory, source, calibration=calibration)
-        typer.echo(f"stated errors hold; largest relative difference {worst:.1e}")
+        typer.echo(
+            f"{n_modules} of {n_modules} stated errors hold; largest relative difference {worst:.1e}"
+        )

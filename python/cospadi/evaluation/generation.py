@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def generate_text(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompt: str,
     max_new_tokens: int,
 ) -> tuple[str, float]:
@@ -41,10 +41,12 @@ def generate_text(
     Raises
     ------
     InputError
-        The prompt is empty, or prompt and new tokens exceed the model's context.
+        There is no tokenizer, the prompt is empty, or prompt and new tokens exceed the model's context.
     CospadiError
         The model gives non-finite logits.
     """
+    if tokenizer is None:
+        raise InputError("generation needs a tokenizer, the model came without one")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     device = next(model.parameters()).device

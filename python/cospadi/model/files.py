@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cospadi.checkpoint.safetensors_file import read_header
 from cospadi.errors import InputError
 from cospadi.model.locate import one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,11 +50,17 @@ class WeightCount:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise an `InputError` that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not valid JSON: {one_line(error)}") from error
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: it is not UTF-8 text") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
+        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -74,20 +83,20 @@ def check_weight_files(folder: Path) -> WeightCount | None:
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index.name} has no weight_map")
+            raise InputError(f"{index} has no weight_map")
         shards = sorted({str(value) for value in weight_map.values()})
     elif any(folder.glob("pytorch_model*.bin")):
         return None
     else:
-        raise InputError(f"{folder.resolve().name} holds no weights: no model.safetensors in it")
+        raise InputError(f"{folder} holds no weights: no model.safetensors in it")
     n_tensors = n_elements = 0
     for shard in shards:
         if Path(shard).name != shard:
             raise InputError(
-                f"{index.name} names the shard {shard!r}: shards must lie in the model's own folder"
+                f"{index} names the shard {shard!r}: shards must lie in the model's own folder"
             )
         if not (folder / shard).is_file():
-            raise InputError(f"{index.name} names the shard {shard!r}, which is missing")
+            raise InputError(f"{index} names the shard {shard!r}, which is missing")
         header = read_header(folder / shard)
         n_tensors += len(header)
         n_elements += sum(prod(info.shape) for info in header.values())
@@ -103,13 +112,33 @@ def check_tokenizer_files(folder: Path) -> None:
         It does not.
     """
     # transformers builds an empty tokenizer where these are missing, and says nothing
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(
-        folder.glob("*.tiktoken")
-    ):
+    if vocabulary_file(folder) is None:
         raise InputError(
-            f"{folder.resolve().name} has no tokenizer: expected tokenizer.json, "
-            "tokenizer.model or vocab files beside config.json"
+            f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model or vocab files beside config.json; "
+            "copy them there from where the model came from"
         )
+
+
+def vocabulary_file(folder: Path) -> Path | None:
+    """Return the file with the vocabulary of the folder's tokenizer, None if there is none."""
+    candidates = [*(folder / name for name in _TOKENIZER_FILES), *sorted(folder.glob("*.tiktoken"))]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def check_decoder(config: PretrainedConfig, name: str) -> None:
+    """Refuse the configuration of an encoder, for which transformers builds a causal model all the same.
+
+    Raises
+    ------
+    InputError
+        The model type has a masked-language model, and nothing says that this one looks backwards only.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    looks_back = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not looks_back:
+        raise InputError(f"{name} is an encoder ({kind}), no causal language model")
 
 
 def check_raw_config(raw: dict[str, Any], name: str) -> None:
@@ -130,7 +159,7 @@ def check_raw_config(raw: dict[str, Any], name: str) -> None:
             f"{name}: 'architectures' in config.json must be a list of names, got {architectures!r:.80}"
         )
     if architectures and all(a.endswith(_OTHER_HEADS) for a in architectures):
-        raise InputError(f"{name} is a {architectures[0]}, not a causal language model")
+        raise InputError(f"{name} is a {architectures[0]}, no causal language model")
     for key, value in _walk(raw):
         if isinstance(value, int) and abs(value) > _MAX_DIMENSION:
             raise InputError(f"{name}: {key} = {value!s:.40} in config.json is out of range")

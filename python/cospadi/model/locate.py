@@ -116,7 +116,11 @@ def _resolve_file(path: Path) -> Location:
     except OSError as error:
         raise InputError(f"cannot read {path.name}: {error.strerror or one_line(error)}") from error
     if magic != b"GGUF":
-        hint = ": give the folder it lies in" if path.suffix == ".safetensors" else ""
+        hints = {
+            ".safetensors": ": give the folder it lies in",
+            ".gguf": ": it is damaged, or cut short before its first four bytes",
+        }
+        hint = hints.get(path.suffix, "")
         raise InputError(f"{path.name} is a file, but not a GGUF file{hint}")
     return Location(path.stem, "gguf", path.parent, path.name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cospadi.errors import InputError
 from cospadi.model.files import (
     WeightCount,
+    check_decoder,
     check_raw_config,
     check_tokenizer_files,
     check_weight_files,
     read_json,
+    vocabulary_file,
 )
 from cospadi.model.locate import Kind, Location, one_line, resolve
 
@@ -59,6 +62,8 @@ class SourceModel:
         ``sha256:<hex>`` over the configuration and the weight files (name, size and content of each).
     path
         Local folder, or the GGUF file.
+    notes
+        One line each about what is odd but no error: tensors of the checkpoint that the model has no place for.
     """
 
     model: PreTrainedModel
@@ -68,6 +73,7 @@ class SourceModel:
     kind: Kind
     fingerprint: str
     path: Path
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -120,7 +126,7 @@ def open_source(
     if stored is not None:
         _check_size(config, stored, location.name)
     tokenizer = _load_tokenizer(location)
-    model = _load_model(location, config)
+    model, notes = _load_model(location, config)
     _check_finite(model, location.name)
     _check_runs(model, tokenizer, location.name)
     path = location.folder / location.gguf_file if location.gguf_file else location.folder
@@ -132,6 +138,7 @@ def open_source(
         kind=location.kind,
         fingerprint=_fingerprint(location),
         path=path,
+        notes=notes,
     )
 
 
@@ -180,18 +187,31 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
             layers = getattr(text_config, "num_hidden_layers", None)
             encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     except Exception as error:
-        source = location.gguf_file or "config.json"
-        raise InputError(
-            f"{name}: cannot read the configuration in {source}: {one_line(error)}"
-        ) from error
+        if location.gguf_file is not None:
+            _check_whole_gguf(location.folder / location.gguf_file)
+        source = location.folder / (location.gguf_file or "config.json")
+        raise InputError(f"cannot read the configuration in {source}: {one_line(error)}") from error
     if encoder_decoder:
         raise InputError(
             f"{name} is an encoder-decoder model ({config.model_type}): a causal language model is needed"
         )
+    check_decoder(config, name)
     most = _MAX_LAYERS if stored is None else min(_MAX_LAYERS, stored.n_tensors)
     if layers is not None and not (isinstance(layers, int) and 1 <= layers <= most):
         raise InputError(f"{name}: config.json says {layers!r} hidden layers, expected 1 to {most}")
     return config
+
+
+def _check_whole_gguf(path: Path) -> None:
+    """Tell a damaged GGUF file from one whose content transformers does not know."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as error:
+        raise InputError(
+            f"{path}: truncated or damaged GGUF file ({type(error).__name__}: {one_line(error)}); download it again"
+        ) from error
 
 
 def _meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
@@ -229,15 +249,20 @@ def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.load_arguments)
         probe = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
     except Exception as error:
+        file = location.gguf_file or vocabulary_file(location.folder)
         raise InputError(
-            f"{location.name}: cannot load the tokenizer: {one_line(error)}"
+            f"{location.name}: cannot load the tokenizer from {location.folder / (file or '')} "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
     if not probe:
         raise InputError(f"{location.name}: the tokenizer is empty (it turns text into no tokens)")
     return tokenizer
 
 
-def _load_model(location: Location, config: PretrainedConfig) -> PreTrainedModel:
+def _load_model(
+    location: Location, config: PretrainedConfig
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and a note on stored tensors that it does not use."""
     from transformers import AutoModelForCausalLM
 
     name = location.name
@@ -262,7 +287,18 @@ def _load_model(location: Location, config: PretrainedConfig) -> PreTrainedModel
     _check_loading(info, type(model).__name__, name)
     _forget_quantizer(model)
     model.config.architectures = [type(model).__name__]
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), _surplus(info, type(model).__name__, name)
+
+
+def _surplus(info: dict[str, Any], architecture: str, name: str) -> tuple[str, ...]:
+    surplus = sorted(info.get("unexpected_keys") or ())
+    if not surplus:
+        return ()
+    count = f"{len(surplus)} tensor{'s' if len(surplus) > 1 else ''}"
+    return (
+        f"{name}: {count} of the checkpoint, first {surplus[0]}, not used: "
+        f"{architecture} as config.json describes it has no place for them",
+    )
 
 
 def _check_loading(info: dict[str, Any], architecture: str, name: str) -> None:
@@ -334,7 +370,34 @@ def _check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
             f"{name}: the model cannot run with its config.json: {one_line(error)}"
         ) from error
     if not torch.isfinite(logits).all():
-        raise InputError(f"{name}: the model gives non-finite logits: config.json does not fit it")
+        raise InputError(
+            f"{name}: the model gives non-finite logits, first seen in the output of "
+            f"{_first_non_finite(model, ids)}: its weights overflow, or config.json does not fit them"
+        )
+
+
+def _first_non_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:
+    """Return the module that is the first to give a value that is not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, arguments: object, output: object) -> None:
+            for value in output if isinstance(output, (tuple, list)) else (output,):
+                if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+                    found.append(name)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else type(model).__name__
 
 
 def _fingerprint(location: Location) -> str:

@@ -169,6 +169,8 @@ def _run(
         groups = groups_by_similarity(source, targets, recipe, grams)
     plan = make_plan(targets, skipped, recipe, groups=groups)
     log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
+    for note in source.notes:
+        log.emit("warning", text=note)
     dtype = stored_dtype(source)
     if dtype not in (None, recipe.storage_dtype):
         log.emit(

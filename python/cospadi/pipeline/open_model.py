@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from cospadi.checkpoint.format import CONFIG_KEY, QUANT_METHOD
 from cospadi.checkpoint.load import load
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
-from cospadi.model.source import open_source
+from cospadi.model.files import check_tokenizer_files
+from cospadi.model.source import SourceModel, open_source
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -28,7 +30,21 @@ def is_compressed(path: str | Path) -> bool:
     return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
-def open_model(path: str | Path, *, dtype: str | None = None) -> tuple[PreTrainedModel, Any]:
+def require_tokenizer(path: str | Path) -> None:
+    """Refuse a compressed directory without a tokenizer, which opens nevertheless.
+
+    Raises
+    ------
+    InputError
+        It has none. A dense model without one is refused when it is opened.
+    """
+    if is_compressed(path):
+        check_tokenizer_files(Path(path))
+
+
+def open_model(
+    path: str | Path, *, dtype: str | None = None, warn: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Model in eval mode, and its tokenizer.
 
     Parameters
@@ -37,6 +53,8 @@ def open_model(path: str | Path, *, dtype: str | None = None) -> tuple[PreTraine
         Compressed directory, Hugging Face folder, hub id, or GGUF file.
     dtype : {"bfloat16", "float16", "float32"}, optional
         Compute type; as stored (compressed) or float32 (dense) by default.
+    warn : callable, optional
+        Receives each of `SourceModel.notes` of a dense model.
 
     Raises
     ------
@@ -49,14 +67,20 @@ def open_model(path: str | Path, *, dtype: str | None = None) -> tuple[PreTraine
     if is_compressed(path):
         model, tokenizer = load(path, dtype=wanted)
         return model, tokenizer
-    source = open_source(path)
+    source = _open_dense(path, warn)
     if wanted not in (None, torch.float32):
         source.model.to(wanted)
     return source.model, source.tokenizer
 
 
-def export_model(path: str | Path, out_dir: str | Path, *, dtype: str = "bfloat16") -> None:
-    """Write any model as an ordinary dense Hugging Face folder.
+def export_model(
+    path: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    warn: Callable[[str], None] | None = None,
+) -> None:
+    """Write any model as an ordinary dense Hugging Face folder; `warn` as for `open_model`.
 
     Raises
     ------
@@ -68,5 +92,13 @@ def export_model(path: str | Path, out_dir: str | Path, *, dtype: str = "bfloat1
     if is_compressed(path):
         export_dense(path, out_dir, STORAGE_DTYPES[dtype])
         return
-    source = open_source(path)
+    source = _open_dense(path, warn)
     save_dense(source.model, source.tokenizer, out_dir, STORAGE_DTYPES[dtype])
+
+
+def _open_dense(path: str | Path, warn: Callable[[str], None] | None) -> SourceModel:
+    source = open_source(path)
+    if warn is not None:
+        for note in source.notes:
+            warn(note)
+    return source
