@@ -33,9 +33,6 @@ from cospadi.learn.whitening import Whitening, relative_error
 SPECTRUM_POINTS = 64
 """Points of the curves that reports keep of a spectrum."""
 
-SPECTRUM_MAX_SIDE = 4096
-"""Larger weights have no spectrum in their report: it would cost more than it tells."""
-
 
 @dataclass(frozen=True)
 class FitInput:
@@ -55,6 +52,9 @@ class FitInput:
         Metric of the fit.
     target : torch.Tensor or None
         ``[d_out, d_in]`` weight to approximate instead (sequential calibration); None: `weight`.
+    with_spectrum : bool
+        Keep the spectrum in the report. It costs a singular value decomposition of the weight, as much as a good part
+        of a fit, so it is for the few weights that somebody will look at.
     """
 
     name: str
@@ -63,6 +63,7 @@ class FitInput:
     gram: torch.Tensor
     whitening: Whitening
     target: torch.Tensor | None = None
+    with_spectrum: bool = False
 
     def member(self) -> Member:
         """What the fit approximates, in its metric."""
@@ -120,7 +121,8 @@ class FitReport:
         Relative error of the exact group objective: of the averaged solution, then after every alternation.
     spectrum : dict or None
         ``singular_values`` of the whitened weight, and ``support_use``, the share of outputs that use each atom, both
-        in descending order at up to `SPECTRUM_POINTS` points; empty for identity atoms.
+        in descending order at up to `SPECTRUM_POINTS` points; only where the input asked for it and a dictionary was
+        learned.
     """
 
     relative_error: float
@@ -291,13 +293,11 @@ def _report(
         whitening=item.whitening.steps,
         history=history,
         group_errors=group_errors,
-        spectrum=_spectrum(item, factor) if history else None,
+        spectrum=_spectrum(item, factor) if item.with_spectrum and history else None,
     )
 
 
-def _spectrum(item: FitInput, factor: SparseFactor) -> dict[str, list[float]] | None:
-    if min(item.weight.shape) > SPECTRUM_MAX_SIDE:
-        return None
+def _spectrum(item: FitInput, factor: SparseFactor) -> dict[str, list[float]]:
     values = signal_svd(item.whitening.whiten(item.weight)).values
     use = (factor.dense_code() != 0).double().mean(0).sort(descending=True).values
     return {"singular_values": _sampled(values), "support_use": _sampled(use)}

@@ -33,7 +33,9 @@ from cospadi.learn.quantize import (
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.shared_dictionary import solve_dictionary
 
-ROUNDS = 3
+INTEGER_ROUNDS = 3
+"""At most so many rounds for integers; floating-point types gain nothing worth its time after the first."""
+
 MIN_GAIN = 1e-3
 """A round that lowers the error by a smaller share is the last."""
 
@@ -72,7 +74,7 @@ def round_factors(
     types: StorageTypes,
     *,
     refit: bool = True,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
 ) -> list[RoundedFactor]:
     """Round the factors of a group (a single weight is a group of one) to their storage types.
 
@@ -87,8 +89,8 @@ def round_factors(
     refit : bool
         False rounds and stops, as the paper: the values themselves are kept, which is also right for pruned weights.
         True starts integer coefficients from two scalings of the atoms, unit columns and `balance_atoms`.
-    rounds : int
-        At most this many rounds of refitting.
+    rounds : int, optional
+        At most this many rounds of refitting; without it `INTEGER_ROUNDS` if either part is stored as integers, else 1.
 
     Returns
     -------
@@ -99,6 +101,8 @@ def round_factors(
     plain = _round(members, factors, types)
     if not refit:
         return plain
+    if rounds is None:
+        rounds = INTEGER_ROUNDS if {types.coeffs, types.dictionary} & INTEGER_BITS.keys() else 1
     starts = [plain]
     if types.coeffs in INTEGER_BITS:
         starts.append(_round(members, balance_atoms(members, factors), types))

@@ -27,8 +27,6 @@ from cospadi.pipeline.workdir import write_atomic
 
 EXIT_PARTIAL = 3
 _LAST_LINES = 3
-# Matrices whose spectrum a report shows: about one decoder block in the middle of the model.
-_SPECTRA = 7
 
 
 class StepError(CospadiError):
@@ -270,7 +268,6 @@ def _summary(out: Path, cost: Mapping[str, Any]) -> dict[str, Any]:
         for name, module in report["modules"].items()
         if module.get("spectrum")
     ]
-    middle = len(spectra) // 2
     return {
         "ratio": data["ratio"]["linears"],
         "model_ratio": data["ratio"]["model"],
@@ -289,6 +286,6 @@ def _summary(out: Path, cost: Mapping[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": cost.get("peak_memory_bytes"),
         "resumed": cost.get("resumed", True),
         "partial": bool(report["failed"]),
-        "spectra": spectra[middle : middle + _SPECTRA],
+        "spectra": spectra,
         "modules": modules,
     }

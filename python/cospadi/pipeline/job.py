@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Job:
         self.reports: dict[str, dict[str, Any]] = {}
         self.failed: list[Skipped] = []
         self.calibration_seconds = 0.0
+        self._with_spectrum = _middle_block(targets)
         self._resumed: set[str] = set()
         self._waiting: dict[str, Statistics] = {}
 
@@ -212,7 +213,7 @@ class Job:
         try:
             joint = _joint_metric(leader.name, statistics)
             inputs = [
-                _fit_input(member.name, item, *self._weight(member.name))
+                self._fit_input(member.name, item)
                 for member, item in zip(members, statistics, strict=True)
             ]
             results = fit(
@@ -230,6 +231,19 @@ class Job:
             data = _report_data(report)
             self.work.store(member.name, factor, data)
             self._accept(member.name, factor, data)
+
+    def _fit_input(self, name: str, statistics: Statistics) -> FitInput:
+        assert isinstance(statistics.whitening, Whitening)
+        weight, bias = self._weight(name)
+        return FitInput(
+            name,
+            weight,
+            bias,
+            statistics.gram,
+            statistics.whitening,
+            statistics.target,
+            with_spectrum=name in self._with_spectrum,
+        )
 
     def _settings(self, plan: ModulePlan) -> FitSettings:
         return FitSettings(
@@ -287,11 +301,11 @@ def _joint_metric(name: str, statistics: Sequence[Statistics]) -> Whitening:
     return whiten_gram(torch.stack([item.gram for item in statistics]).mean(0), name)
 
 
-def _fit_input(
-    name: str, statistics: Statistics, weight: torch.Tensor, bias: torch.Tensor | None
-) -> FitInput:
-    assert isinstance(statistics.whitening, Whitening)
-    return FitInput(name, weight, bias, statistics.gram, statistics.whitening, statistics.target)
+def _middle_block(targets: Mapping[str, TargetLinear]) -> frozenset[str]:
+    """Modules whose spectrum the report keeps: one decoder block, or all where there are no blocks."""
+    blocks = {target.block for target in targets.values() if target.block is not None}
+    middle = sorted(blocks)[len(blocks) // 2] if blocks else None
+    return frozenset(name for name, target in targets.items() if target.block == middle)
 
 
 def _report_data(report: FitReport) -> dict[str, Any]:
