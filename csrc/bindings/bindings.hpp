@@ -23,6 +23,8 @@ void bind_dictionary(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_omp(py::module_& m);
 void bind_packed(py::module_& m);
+void bind_round_code(py::module_& m);
+void bind_select(py::module_& m);
 void bind_sparse_gemm(py::module_& m);
 
 }  // namespace cospadi::bindings

@@ -43,5 +43,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cospadi::bindings::bind_gemm(m);
   cospadi::bindings::bind_omp(m);
   cospadi::bindings::bind_packed(m);
+  cospadi::bindings::bind_round_code(m);
+  cospadi::bindings::bind_select(m);
   cospadi::bindings::bind_sparse_gemm(m);
 }

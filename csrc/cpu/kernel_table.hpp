@@ -9,6 +9,8 @@
 
 #include "cpu/dictionary_types.hpp"
 #include "cpu/omp_types.hpp"
+#include "cpu/round_code_types.hpp"
+#include "cpu/select_types.hpp"
 #include "cpu/sparse_gemm_types.hpp"
 
 namespace cospadi::cpu {
@@ -51,6 +53,9 @@ struct KernelTable {
   OmpEntry<double> omp_f64;
   DictionaryEntry<float> dictionary_f32;
   DictionaryEntry<double> dictionary_f64;
+  SelectEntry<float> select_f32;
+  SelectEntry<double> select_f64;
+  RoundCodeEntry round_code;
   // entries are added here by each kernel family
 };
 

@@ -25,6 +25,31 @@ inline uint32_t lane_mask(M comparison) {
 #endif
 }
 
+/// Lane numbers for `pick`, as wide as T.
+template <class T>
+using LaneIndex = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+/// Lane i of the result is lane `from[i]` of a, or lane `from[i] - kWidth<T>` of b.
+template <class T>
+inline Vec<T> pick(Vec<T> a, Vec<T> b, const LaneIndex<T>* from) {
+#if defined(COSPADI_TARGET_AVX512)
+  const __m512i lanes = _mm512_loadu_si512(from);
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(
+        _mm512_permutex2var_ps(reinterpret_cast<__m512>(a), lanes, reinterpret_cast<__m512>(b)));
+  } else {
+    return reinterpret_cast<Vec<T>>(
+        _mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), lanes, reinterpret_cast<__m512d>(b)));
+  }
+#else
+  Vec<T> both[2] = {a, b};
+  const T* lanes = reinterpret_cast<const T*>(both);
+  Vec<T> result{};
+  for (int i = 0; i < kWidth<T>; ++i) result[i] = lanes[from[i]];
+  return result;
+#endif
+}
+
 /// Writes the lanes of `v` named by `mask` contiguously at `out`; may write one whole vector.
 template <class T>
 inline void compress_store(T* out, Vec<T> v, uint32_t mask) {

@@ -36,10 +36,6 @@ inline constexpr int64_t kCacheBlocks = 3;
 template <class T>
 inline constexpr int64_t kPanelLanes = kPanelVectors * kWidth<T>;
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 /// Distance between two panels or rows, in elements: whole cache lines, and never a multiple of the
 /// page size, which would put equal positions of all panels into the same few cache sets.
 template <class T>
@@ -60,20 +56,6 @@ template <class T>
 struct Best {
   T score;
   int64_t slot;
-};
-
-/// Hands out pieces of the arena; with a null base it only counts.
-struct ArenaCursor {
-  std::byte* base;
-  int64_t used = 0;
-
-  template <class E>
-  E* take(int64_t count) {
-    constexpr int64_t kLine = 64;
-    E* piece = base == nullptr ? nullptr : reinterpret_cast<E*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(E)), kLine);
-    return piece;
-  }
 };
 
 template <class T>
@@ -100,6 +82,7 @@ struct OmpState {
   int32_t* rank_of_atom;     // [n_atoms] step at which an atom was chosen or -1
   uint32_t* live_masks;      // [vectors of atoms] atoms that still have a slot, one bit per lane
   uint32_t* squeeze_masks;   // [vectors of slots] slots that stay
+  LaneIndex<T>* picks;       // [slots] lane numbers that build a squeezed vector
   int32_t* free_rows;        // [cache_capacity] stack
   CandidateRow* candidates;  // [cache_capacity]
   int32_t* chosen_rows;      // [block size] candidate rows of one pass
@@ -135,6 +118,7 @@ struct OmpState {
     rank_of_atom = cursor.take<int32_t>(p.n_atoms);
     live_masks = cursor.take<uint32_t>(slots / kWidth<T> + 1);
     squeeze_masks = cursor.take<uint32_t>(slots / kWidth<T> + 1);
+    picks = cursor.take<LaneIndex<T>>(slots);
     free_rows = cursor.take<int32_t>(cache_capacity);
     candidates = cursor.take<CandidateRow>(cache_capacity);
     chosen_rows = cursor.take<int32_t>(p.block_size);
@@ -232,6 +216,44 @@ void reduce_rows(const OmpState<T>& state, const int32_t* ids, int64_t n_ids, in
   }
 }
 
+/// Entries `first_step` .. `step` - 1 of the history column of a slot.
+template <class T>
+void gather_column(
+    const OmpState<T>& state, int64_t slot, int64_t first_step, int64_t step, T* column) {
+  const T* source = state.history_at(slot);
+  for (int64_t t = first_step; t < step; ++t) column[t] = source[t * kPanelLanes<T>];
+}
+
+/// The first `n_steps` entries of the history columns of `n_ids` candidates, each to its own place
+/// and side by side as the tile reads them. All columns at once: every entry is a cache miss of its
+/// own, and more of them are under way together.
+template <class T>
+void gather_columns(
+    const OmpState<T>& state, const int32_t* ids, int64_t n_ids, int64_t n_steps, T* interleaved) {
+  const T* sources[kTileRows];
+  T* columns[kTileRows];
+  for (int64_t r = 0; r < n_ids; ++r) {
+    sources[r] = state.history_at(state.candidates[ids[r]].slot);
+    columns[r] = state.column(ids[r]);
+  }
+  for (int64_t t = 0; t < n_steps; ++t) {
+    for (int64_t r = 0; r < n_ids; ++r) {
+      const T value = sources[r][t * kPanelLanes<T>];
+      columns[r][t] = value;
+      interleaved[t * n_ids + r] = value;
+    }
+  }
+}
+
+/// Rows of the Gram come from the last cache level or from memory.
+template <class T>
+void prefetch_gram_row(const OmpState<T>& state, int64_t atom) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const OmpProblem<T>& p = *state.problem;
+  const T* source = p.gram + atom * p.gram_stride;
+  for (int64_t j = 0; j < p.n_atoms; j += kLine) __builtin_prefetch(source + j, 0, 2);
+}
+
 /// row = live entries of G[atom, :].
 template <class T>
 void load_gram_row(const OmpState<T>& state, int64_t atom, T* row) {
@@ -248,6 +270,63 @@ void load_gram_row(const OmpState<T>& state, int64_t atom, T* row) {
     out += __builtin_popcount(mask);
   }
   store(out, Vec<T>{});
+}
+
+/// Squeezes the history in place, one vector of the result after another so that memory is read and
+/// written in order. The order of slots is kept, so no source lies before its target.
+template <class T>
+void squeeze_history(OmpState<T>& state, const uint32_t* masks, int64_t n_live, int64_t n_steps) {
+  constexpr int64_t kLanes = kWidth<T>;
+  const auto vector_at = [&](int64_t v) {
+    return state.history + v / kPanelVectors * state.panel_stride + v % kPanelVectors * kLanes;
+  };
+  int64_t source = 0;        // vector of the next live slot
+  uint32_t mask = masks[0];  // its live slots that are not placed yet
+  for (int64_t target = 0; target * kLanes < n_live; ++target) {
+    const int64_t n_lanes = n_live - target * kLanes < kLanes ? n_live - target * kLanes : kLanes;
+    while (mask == 0) mask = masks[++source];
+    if (source == target && __builtin_popcount(mask) == kLanes) {
+      mask = 0;
+      continue;
+    }
+    const int64_t first = source;
+    // Lane numbers of one pick per source after the first; what is already there stays in place.
+    LaneIndex<T>* picks = state.picks;
+    int64_t n_picks = 0;
+    const auto start_pick = [&] {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        picks[n_picks * kLanes + i] = static_cast<LaneIndex<T>>(i);
+      }
+      ++n_picks;
+    };
+    start_pick();
+    for (int64_t i = 0; i < n_lanes; ++i) {
+      while (mask == 0) mask = masks[++source];
+      for (int64_t behind = source - first - n_picks; behind > 0; --behind) start_pick();
+      const int64_t lane = __builtin_ctz(mask);
+      mask &= mask - 1;
+      picks[(n_picks - 1) * kLanes + i] =
+          static_cast<LaneIndex<T>>(source == first ? lane : lane + kLanes);
+    }
+    T* out = vector_at(target);
+    const T* in = vector_at(first);
+    const T* next = vector_at(source == first ? first : first + 1);
+    if (n_picks == 1) {
+      for (int64_t t = 0; t < n_steps; ++t) {
+        const int64_t at = t * kPanelLanes<T>;
+        store(out + at, pick<T>(load(in + at), load(next + at), picks));
+      }
+      continue;
+    }
+    for (int64_t t = 0; t < n_steps; ++t) {
+      const int64_t at = t * kPanelLanes<T>;
+      Vec<T> value = load(in + at);
+      for (int64_t p = 0; p < n_picks; ++p) {
+        value = pick<T>(value, load(vector_at(first + 1 + p) + at), picks + p * kLanes);
+      }
+      store(out + at, value);
+    }
+  }
 }
 
 /// Removes the slots of chosen and dependent atoms from the whole state. The order is kept, so the
@@ -282,13 +361,7 @@ void squeeze(OmpState<T>& state, int64_t n_steps) {
     const auto at = [=](int64_t v) { return data + v * kLanes; };
     squeeze_row(at, at);
   };
-  for (int64_t t = 0; t < n_steps; ++t) {
-    const auto at = [&](int64_t v) {
-      return state.history + v / kPanelVectors * state.panel_stride + t * kPanelLanes<T> +
-             v % kPanelVectors * kLanes;
-    };
-    squeeze_row(at, at);
-  }
+  squeeze_history(state, masks, n_live, n_steps);
   flat(state.correlation);
   flat(state.noise);
   for (int64_t id = 0; id < state.cache_capacity; ++id) {

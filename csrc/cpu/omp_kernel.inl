@@ -152,14 +152,6 @@ Best<T> sweep(
   return best.result();
 }
 
-/// Entries `first_step` .. `step` - 1 of the history column of a slot.
-template <class T>
-void gather_column(
-    const OmpState<T>& state, int64_t slot, int64_t first_step, int64_t step, T* column) {
-  const T* source = state.history_at(slot);
-  for (int64_t t = first_step; t < step; ++t) column[t] = source[t * kPanelLanes<T>];
-}
-
 /// Starts candidate rows for `slot` and the next best slots without one, `n_wanted` in all.
 template <class T, bool kIsOrmp>
 int64_t choose_candidates(OmpState<T>& state, int64_t slot, int64_t n_wanted) {
@@ -227,20 +219,20 @@ template <class T, bool kIsOrmp>
 int64_t fill_rows(OmpState<T>& state, int64_t slot, int64_t step, int64_t n_wanted) {
   evict_candidates<T, kIsOrmp>(state, n_wanted);
   const int64_t n_ids = choose_candidates<T, kIsOrmp>(state, slot, n_wanted);
+  for (int64_t i = 0; i < n_ids; ++i) {
+    prefetch_gram_row(state, state.slot_atom[state.candidates[state.chosen_rows[i]].slot]);
+  }
   T* interleaved = state.interleaved;
   for (int64_t done = 0; done < n_ids;) {
     const int64_t group = group_rows(n_ids - done);
-    for (int64_t r = 0; r < group; ++r) {
-      const int64_t id = state.chosen_rows[done + r];
-      CandidateRow& candidate = state.candidates[id];
-      candidate.n_steps = step;
-      load_gram_row(state, state.slot_atom[candidate.slot], state.row(id));
-      T* column = state.column(id);
-      gather_column(state, candidate.slot, 0, step, column);
-      for (int64_t t = 0; t < step; ++t) interleaved[t * group + r] = column[t];
-    }
+    gather_columns(state, state.chosen_rows + done, group, step, interleaved);
     interleaved += group * step;
     done += group;
+  }
+  for (int64_t i = 0; i < n_ids; ++i) {
+    CandidateRow& candidate = state.candidates[state.chosen_rows[i]];
+    candidate.n_steps = step;
+    load_gram_row(state, state.slot_atom[candidate.slot], state.row(state.chosen_rows[i]));
   }
   reduce_rows(state, state.chosen_rows, n_ids, step);
   return n_ids;
@@ -319,7 +311,7 @@ void write_code(OmpState<T>& state, int64_t n_chosen, int exponent, OmpSignal<T>
 /// for `n_dead` slots has cost n_dead^2 / 2 of them. The square root rule balances the two.
 template <class T>
 bool is_squeeze_due(const OmpState<T>& state, int64_t n_dead, int64_t n_remaining) {
-  constexpr int64_t kSqueezeCost = 5;
+  constexpr int64_t kSqueezeCost = 3;
   return n_dead * n_dead >= 2 * kSqueezeCost * state.n_slots &&
          n_dead * n_remaining >= 2 * kSqueezeCost * state.n_slots;
 }

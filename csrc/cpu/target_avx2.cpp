@@ -19,6 +19,7 @@ namespace {
 // clang-format off: later files use earlier ones
 #include "cpu/vec.hpp"
 #include "cpu/lanes.hpp"
+#include "cpu/arena.hpp"
 #include "cpu/gemm_kernel.inl"
 #include "cpu/convert.inl"
 #include "cpu/sparse_gemm_expand_avx2.inl"
@@ -31,6 +32,12 @@ namespace {
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"
 #include "cpu/dictionary_kernel.inl"
+#include "cpu/select_kernel.inl"
+#include "cpu/cholesky_panels.inl"
+#include "cpu/round_code_common.inl"
+#include "cpu/round_code_descent.inl"
+#include "cpu/round_code_row.inl"
+#include "cpu/round_code_full.inl"
 // clang-format on
 }  // namespace
 }  // namespace cospadi::cpu::avx2
@@ -47,6 +54,9 @@ const KernelTable& avx2_table() {
       .omp_f64 = avx2::omp::make_entry<double>(),
       .dictionary_f32 = avx2::dictionary::make_entry<float>(),
       .dictionary_f64 = avx2::dictionary::make_entry<double>(),
+      .select_f32 = avx2::select::make_entry<float>(),
+      .select_f64 = avx2::select::make_entry<double>(),
+      .round_code = avx2::round_code::make_entry(),
   };
   return table;
 }

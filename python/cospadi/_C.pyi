@@ -147,6 +147,49 @@ def pack_fields(
 def unpack_fields(
     packed: int, rows: int, n: int, bits: int, is_signed: bool, values: int, num_threads: int, /
 ) -> None: ...
+def round_code(
+    gram: int,
+    n_atoms: int,
+    gram_stride: int,
+    indices: int,
+    indices_stride: int,
+    coeffs: int,
+    n_rows: int,
+    sparsity: int,
+    coeffs_stride: int,
+    steps: int,
+    n_steps: int,
+    steps_stride: int,
+    limit: int,
+    group: int,
+    by_energy: bool,
+    damping: float,
+    sweeps: int,
+    fields: int,
+    errors: int,
+    num_threads: int,
+    /,
+) -> tuple[int, int, int, int]: ...
+def select_largest_f32(
+    scores: int,
+    rows: int,
+    n_scores: int,
+    scores_stride: int,
+    count: int,
+    indices: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def select_largest_f64(
+    scores: int,
+    rows: int,
+    n_scores: int,
+    scores_stride: int,
+    count: int,
+    indices: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def gemm_f32(
     alpha: float,
     a: int,

@@ -14,6 +14,8 @@ __all__ = [
     "pack_fields_reference",
     "pack_mask_reference",
     "packed_gemm_reference",
+    "round_code_reference",
+    "select_largest_reference",
     "sparse_gemm_reference",
     "unpack_fields_reference",
     "unpack_mask_reference",
@@ -295,6 +297,82 @@ def omp_encode_reference(
         return indices, coeffs, None
     residual = signal_energies.double() - torch.tensor(explained, dtype=torch.float64)
     return indices, coeffs, residual.clamp_min(0.0)
+
+
+def select_largest_reference(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Sort every row.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        ``[n, A]``, not NaN.
+    count : int
+        Scores kept per row.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n, count]`` int32 indices, ascending; equal scores are broken by the lowest index.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values.int()
+
+
+def round_code_reference(
+    gram: torch.Tensor,
+    indices: torch.Tensor | None,
+    coeffs: torch.Tensor,
+    steps: torch.Tensor,
+    limit: int,
+    *,
+    group: int = 0,
+    order: str = "energy",
+    damping: float = 1e-3,
+    sweeps: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round one coefficient after the other and solve for those that are left.
+
+    With E what is fixed and F what is not, F moves to its least-squares place ``x_F + G_FF^-1 G_FE (x - step q)_E``
+    before its last coefficient is rounded: the feedback of `cospadi.native.round_code` without a factorisation.
+
+    Parameters
+    ----------
+    gram, indices, coeffs, steps, limit, group, order, damping, sweeps
+        As for `cospadi.native.round_code`. A Gram that is not positive definite with this damping is an error.
+
+    Returns
+    -------
+    fields, errors : torch.Tensor
+        ``[n, s]`` int32 and ``[n]`` float64.
+    """
+    n, s = coeffs.shape
+    all_steps = steps.double()[:, torch.arange(s) // (group or s)]
+    fields = torch.zeros((n, s), dtype=torch.int32)
+    errors = torch.zeros(n, dtype=torch.float64)
+    for row in range(n):
+        atoms = torch.arange(s) if indices is None else indices[row].long()
+        g, x, step = gram.double()[atoms][:, atoms], coeffs[row].double(), all_steps[row]
+        damped = g + damping * g.diagonal().mean() * torch.eye(s, dtype=torch.float64)
+        order_fixed = list(range(s))[::-1]
+        if order == "energy":
+            order_fixed = g.diagonal().argsort(descending=True, stable=True).tolist()
+        q, e = torch.zeros_like(x), torch.zeros_like(x)
+        for count, j in enumerate(order_fixed):
+            fixed, free = order_fixed[:count], order_fixed[count:]
+            moved = torch.linalg.solve(damped[free][:, free], damped[free][:, fixed] @ e[fixed])
+            q[j] = ((x[j] + moved[0]) / step[j]).round().clamp(-limit, limit)
+            e[j] = x[j] - step[j] * q[j]
+        for _ in range(sweeps):
+            before = q.clone()
+            for j in range(s):
+                if g[j, j] > 0:
+                    best = q[j] + (g[j] @ e / (step[j] * g[j, j])).round()
+                    q[j] = best.clamp(-limit, limit)
+                    e[j] = x[j] - step[j] * q[j]
+            if torch.equal(q, before):
+                break
+        fields[row], errors[row] = q.int(), e @ g @ e
+    return fields, errors
 
 
 def update_atoms_reference(

@@ -12,7 +12,14 @@ import pytest
 from cospadi import native
 
 HERE = Path(__file__).parent
-SUITE = ("test_gemm.py", "test_mask.py", "test_packed.py", "test_sparse_gemm.py")
+SUITE = (
+    "test_gemm.py",
+    "test_mask.py",
+    "test_packed.py",
+    "test_round_code.py",
+    "test_select.py",
+    "test_sparse_gemm.py",
+)
 
 
 def run(arguments, isa):

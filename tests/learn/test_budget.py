@@ -13,8 +13,8 @@ from cospadi.errors import InputError
 from cospadi.factor import FactorSpec, removed_shares
 from cospadi.learn.budget import (
     StorageWidths,
+    augmented_sparsity,
     low_rank_size,
-    pruned_size,
     sparse_size,
     stored_bits,
 )
@@ -216,15 +216,16 @@ def test_sizes_of_any_width_fit(d_in, d_out, ratio, widths, bound):
     assert 0 <= sparsity <= n_atoms <= (bound or n_atoms)
     if sparsity:
         assert stored_bits(d_in, d_out, n_atoms, sparsity, widths=widths) <= budget
-    kept = pruned_size(d_in, d_out, ratio, widths=widths)
+    kept = augmented_sparsity(d_in, d_out, ratio, widths=widths)
     assert 0 <= kept <= d_in
 
     def pruned_bits(s):
-        return stored_bits(d_in, d_out, 0, s, n_identity=d_in, widths=widths)
+        full = s == d_in  # no mask then
+        return stored_bits(d_in, d_out, 0, s, n_identity=d_in, full_support=full, widths=widths)
 
     if kept:
         assert pruned_bits(kept) <= budget * (1 + 1e-12)
-    if kept < d_in:
+    if kept < d_in:  # one more does not fit, with a mask or, all of them, without
         assert pruned_bits(kept + 1) > budget * (1 - 1e-12)
 
 
@@ -241,11 +242,14 @@ def test_low_rank_size_counts_the_widths():
 
 
 def test_pruned_sizes():
-    assert pruned_size(576, 1536, 0.2, convention="nominal") == 460
+    assert augmented_sparsity(576, 1536, 0.2, convention="nominal") == 460
     # (1-g) d_in - d_in / 16: the mask costs a sixteenth of the dense weight
-    assert pruned_size(576, 1536, 0.2) == 424
-    assert pruned_size(576, 1536, 0.2, widths=StorageWidths(coeffs=8, coeffs_scaled=True)) == 576
-    assert pruned_size(16, 4, 0.95) == 0
+    assert augmented_sparsity(576, 1536, 0.2) == 424
+    assert (
+        augmented_sparsity(576, 1536, 0.2, widths=StorageWidths(coeffs=8, coeffs_scaled=True))
+        == 576
+    )
+    assert augmented_sparsity(16, 4, 0.95) == 0
 
 
 def test_a_bound_on_the_atoms_goes_to_the_coefficients():

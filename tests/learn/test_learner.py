@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cospadi.errors import FitError, InputError
+from cospadi.learn.coding import encode
 from cospadi.learn.init import initial_atoms, principal_directions, signal_svd
-from cospadi.learn.learner import encode, learn, update_by_least_squares
+from cospadi.learn.learner import learn, update_by_least_squares
 from cospadi.learn.mod import least_squares_dictionary
 from cospadi.learn.options import LearnOptions
 from cospadi.learn.refit import refit_coefficients
@@ -132,8 +133,8 @@ def test_coding_batch_changes_no_bit(solver, batch):
     weight, gram = problem()
     signals = whiten_gram(gram, "layer").whiten(weight).float()
     atoms = initial_atoms(signals, 40, "columns", 3)
-    whole = encode(signals, atoms, 16, LearnOptions(solver=solver))
-    parts = encode(signals, atoms, 16, LearnOptions(solver=solver, coding_batch=batch))
+    whole = encode(signals, atoms, 16, solver)
+    parts = encode(signals, atoms, 16, solver, batch=batch)
     assert torch.equal(whole.indices, parts.indices)
     assert torch.equal(whole.coeffs, parts.coeffs)
     assert whole.n_padded == parts.n_padded
@@ -171,7 +172,7 @@ def test_mod_update_is_the_least_squares_product_with_unit_atoms():
     generator = torch.Generator().manual_seed(4)
     signals = torch.randn(50, 8, generator=generator)
     atoms = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
-    code = encode(signals, atoms, 4, LearnOptions())
+    code = encode(signals, atoms, 4, "omp")
     dense = dense_code(code.indices, code.coeffs.clone(), 12)
     before = float((signals - dense @ atoms).square().sum())
     expected = dense.double() @ torch.linalg.lstsq(dense.double(), signals.double()).solution
@@ -192,7 +193,7 @@ def test_mod_treats_unused_atoms_as_asked(unused):
     generator = torch.Generator().manual_seed(5)
     signals = torch.randn(20, 8, generator=generator)
     atoms = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
-    code = encode(signals, atoms[:9].contiguous(), 2, LearnOptions())
+    code = encode(signals, atoms[:9].contiguous(), 2, "omp")
     old = atoms.clone()
     stats = update_by_least_squares(atoms, signals, code, unused=unused)
     assert stats.n_unused == 3

@@ -62,6 +62,35 @@ def test_every_method_compresses_loads_and_states_its_error(method, job, ids, tm
         assert module["file_bytes"] == module["stored_bytes"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dictionary": "identity"},
+        {"dictionary": "augmented"},
+        {"dictionary": "augmented", "coeffs_dtype": "int8", "dictionary_dtype": "int8"},
+        {"dictionary": "augmented", "group_size": 2, "learned_share": 0.3},
+    ],
+    ids=str,
+)
+def test_identity_atoms_with_and_without_learned_ones(settings, family, job, ids, tmp_path):
+    if family == "gpt2" and "group_size" in settings:
+        settings = {**settings, "group_targets": [r".*c_attn"]}
+    source, out, result = job(family, **settings)
+    assert result.failed == ()
+    assert result.ratio["stored"] >= 0.3
+    for module in result.plan.modules:
+        assert module.n_identity == module.d_in
+        assert (module.n_atoms > 0) == (settings["dictionary"] == "augmented")
+    assert verify_errors(out, source) < 1e-3
+    assert_loads_like_its_export(out, ids, tmp_path)
+
+
+def test_identity_atoms_need_the_method_that_codes_over_them():
+    with pytest.raises(InputError, match="dictionary: wanda has its own"):
+        Recipe(method="wanda", dictionary="augmented")
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_pruning_keeps_biases_and_transposed_layers(family, job, ids, tmp_path):
     _, out, result = job(family, method="wanda")

@@ -27,7 +27,12 @@ def compress_command(
     preset: str | None = typer.Option(
         None, help="Settings to start from: fast (the defaults), paper, best."
     ),
-    solver: str | None = typer.Option(None, help="Sparse coding: omp or ormp [omp]."),
+    dictionary: str | None = typer.Option(
+        None, help="Atoms: learned, identity (the inputs), or both: augmented [learned]."
+    ),
+    solver: str | None = typer.Option(
+        None, help="Sparse coding: auto, omp, ormp, obs, niht, htp or admm [auto]."
+    ),
     iterations: int | None = typer.Option(None, help="Alternations of coding and atom update [8]."),
     power_iterations: int | None = typer.Option(
         None, help="Power iterations per atom; 0: to convergence [1]."
@@ -85,6 +90,7 @@ def compress_command(
         "coeffs_dtype": coeffs_dtype,
         "dictionary_dtype": dictionary_dtype,
         "sequential": sequential or None,
+        "dictionary": dictionary,
         "solver": solver,
         "iterations": iterations,
         "power_iterations": power_iterations,

@@ -121,24 +121,31 @@ def low_rank_size(
     return low
 
 
-def pruned_size(
+def augmented_sparsity(
     d_in: int,
     d_out: int,
     ratio: float,
     *,
+    n_atoms: int = 0,
     convention: RatioConvention = "stored",
     widths: StorageWidths = BF16,
 ) -> int:
-    """Weights kept per output by pruning to a ratio: s of a factor of identity atoms only; 0 if none fits.
+    """Coefficients per output over d_in identity and ``n_atoms`` learned atoms; 0 if none fits.
 
-    ``nominal``: ``s = (1-g) d_in``. ``stored``: the largest s whose values fit beside the mask of ``d_in`` bits per
-    output, for example ``(1-g) d_in - d_in / 16`` in bf16.
+    Without learned atoms these are the weights that pruning keeps. ``nominal`` counts values: ``s = (1-g) d_in`` there.
+    ``stored``: the largest s that fits beside the dictionary and the mask of ``d_in + n_atoms`` bits per output, for
+    example ``(1-g) d_in - d_in / 16`` for pruning in bf16; where everything fits without a mask, all atoms.
     """
     check_ratio(ratio)
+    n_all = d_in + n_atoms
     if convention == "nominal":
-        return math.floor((1.0 - ratio) * d_in + 1e-9)
-    row_budget = (1.0 - ratio) * VALUE_BITS * d_in - 8 * math.ceil(d_in / 8)
-    return widths.row_capacity(row_budget, d_in)
+        left = (1.0 - ratio) * d_in * d_out - n_atoms * d_in
+        return min(max(math.floor(left / d_out + 1e-9), 0), n_all)
+    budget = (1.0 - ratio) * VALUE_BITS * d_in * d_out
+    row_budget = (budget - widths.dictionary_bits(d_in, n_atoms)) / d_out
+    if widths.row_bits(n_all) <= row_budget:
+        return n_all
+    return widths.row_capacity(row_budget - 8 * math.ceil(n_all / 8), n_all - 1)
 
 
 def sparse_size(

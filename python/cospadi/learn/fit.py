@@ -10,6 +10,7 @@ import torch
 
 from cospadi.errors import FitError, InputError
 from cospadi.factor import STORAGE_DTYPES, SparseFactor
+from cospadi.learn.augmented import fit_augmented
 from cospadi.learn.baselines import (
     basis_sharing,
     compot,
@@ -19,7 +20,7 @@ from cospadi.learn.baselines import (
     sparsegpt,
     wanda,
 )
-from cospadi.learn.group import GroupObjective, fit_group
+from cospadi.learn.group import GroupFit, GroupObjective, fit_group
 from cospadi.learn.init import signal_svd
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
@@ -178,16 +179,7 @@ def fit(
     history: tuple[IterationStats, ...] = ()
     group_errors: tuple[float, ...] = ()
     if settings.method == "cospadi":
-        fitted = fit_group(
-            [item.member() for item in inputs],
-            joint,
-            settings.size.n_atoms,
-            settings.size.sparsity,
-            settings.options,
-            objective=settings.objective,
-            num_threads=num_threads,
-            progress=progress,
-        )
+        fitted = _learn(inputs, settings, joint, num_threads, progress)
         rounded = round_factors(
             fitted.members, fitted.factors, settings.types, refit=settings.refit
         )
@@ -201,6 +193,36 @@ def fit(
         for item, factor in zip(inputs, stored, strict=True)
     ]
     return list(zip(stored, reports, strict=True))
+
+
+def _learn(
+    inputs: Sequence[FitInput],
+    settings: FitSettings,
+    joint: Whitening,
+    num_threads: int | None,
+    progress: Callable[[IterationStats], None] | None,
+) -> GroupFit:
+    members = [item.member() for item in inputs]
+    size, options = settings.size, settings.options
+    if size.n_identity:
+        return fit_augmented(
+            members,
+            joint,
+            size.n_atoms,
+            size.sparsity,
+            options,
+            progress=progress,
+        )
+    return fit_group(
+        members,
+        joint,
+        size.n_atoms,
+        size.sparsity,
+        options,
+        objective=settings.objective,
+        num_threads=num_threads,
+        progress=progress,
+    )
 
 
 def _fit_baseline(

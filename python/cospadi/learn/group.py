@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from cospadi.learn.learner import IterationStats, encode, learn
+from cospadi.learn.coding import encode
+from cospadi.learn.learner import IterationStats, learn
 from cospadi.learn.member import Member, group_error
 from cospadi.learn.options import LearnOptions
 from cospadi.learn.result import FloatFactor, dense_code
@@ -89,7 +90,7 @@ def fit_group(
     result = learn(signals, n_atoms, sparsity, options, num_threads=num_threads, progress=progress)
     sizes = [member.weight.shape[0] for member in members]
     dictionary = joint.unwhiten_atoms(result.atoms)
-    factors = _unit_columns(
+    factors = unit_columns(
         [
             FloatFactor(dictionary, indices, coeffs)
             for indices, coeffs in zip(
@@ -97,7 +98,7 @@ def fit_group(
             )
         ]
     )
-    errors = [_relative(members, factors)]
+    errors = [relative_group_error(members, factors)]
     if objective == "averaged" or len(members) == 1:
         shared = tuple(Member(member.weight, joint) for member in members)
         return GroupFit(tuple(factors), shared, result.history, tuple(errors))
@@ -109,10 +110,10 @@ def fit_group(
             for member, factor in zip(members, factors, strict=True)
         ]
         dictionary = solve_dictionary(members, coded)
-        factors = _unit_columns(
+        factors = unit_columns(
             [FloatFactor(dictionary, factor.indices, factor.coeffs) for factor in coded]
         )
-        errors.append(_relative(members, factors))
+        errors.append(relative_group_error(members, factors))
         if errors[-1] < min(errors[:-1]):
             best = factors
         if options.tolerance and errors[-1] > (1.0 - options.tolerance) * errors[-2]:
@@ -127,7 +128,7 @@ def _recode(
     kept = member.refit(factor, factor.dictionary)
     signals = member.signals.float()
     atoms = member.atoms(factor.dictionary).float()
-    fresh = encode(signals, atoms, factor.sparsity, options, num_threads=num_threads)
+    fresh = encode(signals, atoms, factor.sparsity, options.solver, num_threads=num_threads)
 
     def errors(indices: torch.Tensor, coeffs: torch.Tensor) -> torch.Tensor:
         code = dense_code(indices, coeffs.float(), atoms.shape[0])
@@ -141,21 +142,28 @@ def _recode(
     )
 
 
-def _unit_columns(factors: Sequence[FloatFactor]) -> list[FloatFactor]:
+def unit_columns(factors: Sequence[FloatFactor]) -> list[FloatFactor]:
     """The same products with unit-norm dictionary columns; their scale moves into the coefficients.
 
-    Un-whitened columns differ in norm by the condition of L; unit columns round alike in every type and keep float16 in
-    range.
+    Identity atoms stay as they are. Un-whitened columns differ in norm by the condition of L; unit columns round alike
+    in every type and keep float16 in range.
     """
     norms = factors[0].dictionary.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     dictionary = factors[0].dictionary / norms
+    everything = torch.cat([norms.new_ones(factors[0].n_identity), norms])
     return [
-        FloatFactor(dictionary, f.indices, f.coeffs.double() * norms[f.indices.long()])
+        FloatFactor(
+            dictionary,
+            f.indices,
+            f.coeffs.double() * everything[f.indices.long()],
+            f.n_identity,
+        )
         for f in factors
     ]
 
 
-def _relative(members: Sequence[Member], factors: Sequence[FloatFactor]) -> float:
+def relative_group_error(members: Sequence[Member], factors: Sequence[FloatFactor]) -> float:
+    """``sqrt(sum_l ||X_l (W_l - W~_l)||^2 / sum_l ||X_l W_l||^2)``; 0 for zero weights."""
     total = group_error(members, [torch.zeros_like(member.weight) for member in members])
     lost = group_error(members, [factor.dense_weight() for factor in factors])
     return (lost / total) ** 0.5 if total else 0.0

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from cospadi import native
+from cospadi.learn.coding import Code, encode
 from cospadi.learn.init import initial_atoms
 from cospadi.learn.mod import least_squares_dictionary
 from cospadi.learn.options import LearnOptions, Unused
-from cospadi.learn.result import dense_code
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,6 @@ class IterationStats:
     n_padded: int
     coding_s: float
     update_s: float
-
-
-class Code(NamedTuple):
-    """Support ``indices [n, s]`` (int32, ascending) with ``coeffs [n, s]``; ``n_padded`` entries only fill it up."""
-
-    indices: torch.Tensor
-    coeffs: torch.Tensor
-    n_padded: int
 
 
 @dataclass(frozen=True)
@@ -58,38 +50,6 @@ class LearnResult:
     indices: torch.Tensor
     coeffs: torch.Tensor
     history: tuple[IterationStats, ...]
-
-
-def encode(
-    signals: torch.Tensor,
-    atoms: torch.Tensor,
-    sparsity: int,
-    options: LearnOptions,
-    *,
-    num_threads: int | None = None,
-) -> Code:
-    """Sparse code of ``signals [n, d]`` over ``atoms [K, d]`` in Gram form, exactly ``sparsity`` per row.
-
-    Runs ``options.coding_batch`` signals at a time. Every correlation is summed in the same order whatever the batch is
-    (the native product's; BLAS libraries change theirs with the number of rows), so the code does not depend on it.
-    """
-    gram = atoms @ atoms.T
-    batch = options.coding_batch or max(signals.shape[0], 1)
-    parts = [
-        native.omp_encode(
-            gram,
-            native.gemm(part, atoms.T, num_threads=num_threads),
-            sparsity,
-            selection=options.solver,
-            num_threads=num_threads,
-        )
-        for part in signals.split(batch)
-    ]
-    return Code(
-        torch.cat([part.indices for part in parts]),
-        torch.cat([part.coeffs for part in parts]),
-        sum(part.n_padded for part in parts),
-    )
 
 
 def learn(
@@ -130,14 +90,14 @@ def learn(
     atoms = initial_atoms(signals, n_atoms, options.init, options.seed)
     history: list[IterationStats] = []
     if options.iterations == 0 or total == 0.0:
-        code = encode(signals, atoms, sparsity, options, num_threads=num_threads)
+        code = _encode(signals, atoms, sparsity, options, num_threads)
         return LearnResult(atoms, code.indices, code.coeffs, ())
 
     best: LearnResult | None = None
     best_error = float("inf")
     for iteration in range(1, options.iterations + 1):
         start = time.perf_counter()
-        code = encode(signals, atoms, sparsity, options, num_threads=num_threads)
+        code = _encode(signals, atoms, sparsity, options, num_threads)
         coded = time.perf_counter()
         stats = _update(atoms, signals, code, options, num_threads)
         error = (stats.objective_after / total) ** 0.5
@@ -164,6 +124,23 @@ def learn(
             break
     assert best is not None
     return LearnResult(best.atoms, best.indices, best.coeffs, tuple(history))
+
+
+def _encode(
+    signals: torch.Tensor,
+    atoms: torch.Tensor,
+    sparsity: int,
+    options: LearnOptions,
+    num_threads: int | None,
+) -> Code:
+    return encode(
+        signals,
+        atoms,
+        sparsity,
+        options.solver,
+        batch=options.coding_batch,
+        num_threads=num_threads,
+    )
 
 
 class UpdateStats(NamedTuple):
@@ -225,7 +202,7 @@ def update_by_least_squares(
     UpdateStats
         Objectives and counts.
     """
-    dense = dense_code(code.indices, code.coeffs, atoms.shape[0])
+    dense = code.dense(atoms.shape[0])
     before = (signals - dense @ atoms).double().square().sum()
     solved = least_squares_dictionary(signals, dense, atoms)
     norms = solved.norm(dim=1)
@@ -233,7 +210,7 @@ def update_by_least_squares(
     atoms[used] = (solved[used] / norms[used, None]).to(atoms.dtype)
     norms = torch.where(used, norms, torch.ones_like(norms)).to(atoms.dtype)
     code.coeffs.mul_(norms[code.indices.long()])
-    residual = signals - dense_code(code.indices, code.coeffs, atoms.shape[0]) @ atoms
+    residual = signals - code.dense(atoms.shape[0]) @ atoms
     energies = residual.double().square().sum(1)
     n_unused = int((~used).sum())
     n_reseeded = 0

@@ -9,12 +9,15 @@ from cospadi.errors import InputError
 from cospadi.learn.budget import (
     RatioConvention,
     StorageWidths,
+    augmented_sparsity,
     low_rank_size,
-    pruned_size,
     sparse_size,
 )
 
 Form = Literal["dictionary", "low-rank", "pruned", "rounded"]
+
+DictionaryKind = Literal["learned", "identity", "augmented"]
+"""Atoms of the method ``cospadi``: K learned ones, the d_in identity atoms, or both."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def factor_size(
     k_over_s: float = 2.0,
     convention: RatioConvention = "stored",
     widths: StorageWidths,
+    dictionary: DictionaryKind = "learned",
+    learned_share: float = 0.1,
 ) -> FactorSize:
     """Sizes that a method gets for a ratio.
 
@@ -106,6 +111,10 @@ def factor_size(
         Of the weight; ``d_out`` summed over the members of a group.
     ratio, k_over_s, convention, widths
         See `cospadi.learn.budget.sparse_size`.
+    dictionary : {"learned", "identity", "augmented"}
+        Atoms of the method ``cospadi``.
+    learned_share : float
+        Part of the budget that an augmented dictionary spends on learned atoms.
 
     Raises
     ------
@@ -118,12 +127,19 @@ def factor_size(
     if entry.form == "rounded":
         return FactorSize(d_in, 0, d_in)
     if entry.form == "pruned":
-        return FactorSize(
-            d_in, 0, pruned_size(d_in, d_out, ratio, convention=convention, widths=widths)
-        )
+        kept = augmented_sparsity(d_in, d_out, ratio, convention=convention, widths=widths)
+        return FactorSize(d_in, 0, kept)
     if entry.form == "low-rank":
         rank = low_rank_size(d_in, d_out, ratio, convention=convention, widths=widths)
         return FactorSize(0, rank, rank)
+    if method == "cospadi" and dictionary != "learned":
+        n_atoms = 0
+        if dictionary == "augmented":
+            n_atoms = learned_atoms(d_out, ratio, learned_share)
+        sparsity = augmented_sparsity(
+            d_in, d_out, ratio, n_atoms=n_atoms, convention=convention, widths=widths
+        )
+        return FactorSize(d_in, n_atoms, sparsity)
     n_atoms, sparsity = sparse_size(
         d_in,
         d_out,
@@ -134,3 +150,13 @@ def factor_size(
         max_atoms=min(d_in, d_out) if entry.orthonormal else None,
     )
     return FactorSize(0, n_atoms, sparsity)
+
+
+def learned_atoms(d_out: int, ratio: float, share: float) -> int:
+    """Learned atoms whose bf16 values take ``share`` of a budget: ``share (1 - ratio) d_out``.
+
+    To the nearest multiple of 8 (of 1 below 8), at least one. Relative to the budget and not to ``d_in``, because what
+    an atom costs its weight is coefficients of every output: with few outputs few atoms pay.
+    """
+    wanted = share * (1.0 - ratio) * d_out
+    return max(round(wanted / 8) * 8, 8) if wanted >= 4 else max(round(wanted), 1)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cospadi.errors import InputError
+from cospadi.learn.coding import SOLVERS, Solver
 
-Solver = Literal["omp", "ormp"]
 Init = Literal["svd", "columns", "random"]
 Unused = Literal["skip", "reseed"]
 Update = Literal["ksvd", "mod"]
 
-SOLVERS: tuple[Solver, ...] = ("omp", "ormp")
 INITS: tuple[Init, ...] = ("svd", "columns", "random")
 UPDATES: tuple[Update, ...] = ("ksvd", "mod")
 
@@ -23,9 +22,9 @@ class LearnOptions:
 
     Attributes
     ----------
-    solver : {"omp", "ormp"}
-        Greedy selection: by correlation (the paper), or by correlation over projected norm, which is as
-        cheap and better on coherent dictionaries.
+    solver : {"auto", "omp", "ormp", "obs", "niht", "htp", "admm"}
+        Sparse coder, see `cospadi.learn.coding.encode`. ``omp`` is the paper's; ``ormp`` selects by projected norm,
+        which is as cheap and better on coherent dictionaries; the others are made of matrix products.
     iterations : int
         Alternations of coding and atom update (T in the paper, which uses 60).
     update : {"ksvd", "mod"}
@@ -45,13 +44,16 @@ class LearnOptions:
     tolerance : float
         Stop when the relative error falls by less than this share in one iteration; 0 runs all.
     coding_batch : int
-        Signals coded per call of the native coder (the paper: 8192); 0: all. Bounds the memory of the correlations; the
-        result is the same to the bit.
+        Signals coded per call of the greedy coders (the paper: 8192); 0: all. Bounds the memory of the correlations;
+        the result is the same to the bit.
+    first_penalty, penalty_growth : float
+        Of augmented dictionaries (`cospadi.learn.augmented`): the penalty rises from the first value by this factor per
+        step. Slower is better and takes longer.
     seed : int
         Of the random inits.
     """
 
-    solver: Solver = "omp"
+    solver: Solver = "auto"
     iterations: int = 8
     update: Update = "ksvd"
     power_iterations: int = 1
@@ -61,6 +63,8 @@ class LearnOptions:
     unused: Unused = "skip"
     tolerance: float = 2e-3
     coding_batch: int = 0
+    first_penalty: float = 0.01
+    penalty_growth: float = 1.1
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -83,5 +87,13 @@ class LearnOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        if not (isinstance(self.first_penalty, float) and 0.0 < self.first_penalty <= 1.0):
+            raise InputError(
+                f"first_penalty: expected a number above 0 and up to 1, got {self.first_penalty!r}"
+            )
+        if not (isinstance(self.penalty_growth, float) and 1.01 <= self.penalty_growth <= 2.0):
+            raise InputError(
+                f"penalty_growth: expected a number of 1.01 to 2, got {self.penalty_growth!r}"
+            )
         if not 0.0 <= self.tolerance < 1.0:
             raise InputError(f"tolerance: expected a share in [0, 1), got {self.tolerance!r}")

@@ -16,11 +16,6 @@ def refit_coefficients(
 ) -> torch.Tensor:
     """Minimise ``||signals - X atoms||`` over the coefficients, the support kept.
 
-    Conjugate gradients on every column's ``G_II x = p_I`` at once: the products run on the dense ``[n, K]``
-    code and the result is masked, so that one GEMM with the shared Gram serves all columns (cheaper than a
-    Cholesky of each ``s x s`` block from s of a few hundred on). Jacobi-preconditioned: after rounding and
-    un-whitening atoms do not have equal norms. Starts from ``coeffs``; a column never gets worse.
-
     Parameters
     ----------
     signals : torch.Tensor
@@ -30,9 +25,9 @@ def refit_coefficients(
     indices, coeffs : torch.Tensor
         ``[n, s]`` support (integer) and start.
     steps : int
-        At most this many CG steps.
+        At most this many conjugate gradient steps.
     tolerance : float
-        Stop when every column's squared residual gradient fell by this factor.
+        See `solve_on_support`.
 
     Returns
     -------
@@ -40,19 +35,61 @@ def refit_coefficients(
         ``[n, s]`` new coefficients in the dtype of ``signals``.
     """
     atoms = atoms.to(signals.dtype)
-    gram = atoms @ atoms.T
-    target = signals @ atoms.T
+    correlations = signals @ atoms.T
     index = indices.long()
-    mask = torch.zeros_like(target).scatter_(1, index, 1.0)
-    x = torch.zeros_like(target).scatter_(1, index, coeffs.to(signals.dtype))
-    inverse_diagonal = mask / gram.diagonal().clamp_min(torch.finfo(signals.dtype).tiny)
+    mask = torch.zeros_like(correlations).scatter_(1, index, 1.0)
+    start = torch.zeros_like(correlations).scatter_(1, index, coeffs.to(signals.dtype))
+    code = solve_on_support(
+        atoms @ atoms.T, correlations, mask, start, steps=steps, tolerance=tolerance
+    )
+    return code.gather(1, index)
 
-    residual = (target - x @ gram) * mask
+
+def solve_on_support(
+    gram: torch.Tensor,
+    correlations: torch.Tensor,
+    mask: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    steps: int,
+    tolerance: float = 1e-7,
+) -> torch.Tensor:
+    """Conjugate gradients on every row's ``G_II x = p_I`` at once.
+
+    The products run on the dense code and the result is masked, so that one GEMM with the shared Gram serves all rows
+    (cheaper than a Cholesky of each ``s x s`` block from s of a few hundred on). Jacobi-preconditioned: after rounding
+    and un-whitening atoms do not have equal norms.
+
+    Parameters
+    ----------
+    gram : torch.Tensor
+        ``[A, A]`` Gram of the atoms.
+    correlations : torch.Tensor
+        ``[n, A]`` of the signals with the atoms.
+    mask : torch.Tensor
+        ``[n, A]``, one on the supports and zero elsewhere, in the dtype of ``gram``.
+    start : torch.Tensor
+        ``[n, A]``, zero off the supports. No row gets worse than it.
+    steps : int
+        At most this many.
+    tolerance : float
+        Stop when every row's squared gradient fell by this factor, or to rounding error.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n, A]``, zero off the supports.
+    """
+    x = start.clone()
+    inverse_diagonal = mask / gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+    residual = (correlations - x @ gram) * mask
     direction = residual * inverse_diagonal
     energy = (residual * direction).sum(1)
-    start = energy.clone()
+    # below this the gradient is rounding error, and following it only moves the code along flat directions
+    noise = torch.finfo(gram.dtype).eps ** 2 * (correlations.square() * inverse_diagonal).sum(1)
+    enough = torch.maximum(tolerance * energy, gram.shape[0] * noise)
     for _ in range(steps):
-        active = energy > tolerance * start
+        active = energy > enough
         if not bool(active.any()):
             break
         product = (direction @ gram) * mask
@@ -65,4 +102,4 @@ def refit_coefficients(
         beta = torch.where(active & (energy > 0), new_energy / energy, torch.zeros_like(energy))
         direction = scaled.addcmul_(beta[:, None], direction)
         energy = torch.where(active, new_energy, energy)
-    return x.gather(1, index)
+    return x

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cospadi.errors import InputError
+from cospadi.native import select_largest
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def top_support(scores: torch.Tensor, sparsity: int) -> torch.Tensor:
     Parameters
     ----------
     scores : torch.Tensor
-        ``[n, A]``, not NaN.
+        ``[n, A]`` on the CPU, non-negative and not NaN.
     sparsity : int
         ``1 <= sparsity <= A``.
 
@@ -102,9 +103,10 @@ def top_support(scores: torch.Tensor, sparsity: int) -> torch.Tensor:
     Raises
     ------
     InputError
-        Sparsity out of range.
+        Sparsity out of range; a score that is negative or NaN.
     """
     if not 1 <= sparsity <= scores.shape[1]:
         raise InputError(f"sparsity: expected 1 to {scores.shape[1]} atoms, got {sparsity}")
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :sparsity].sort(dim=1).values.int()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()  # exact for the narrower types
+    return select_largest(scores, sparsity)

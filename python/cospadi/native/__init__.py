@@ -15,7 +15,9 @@ from cospadi.native.packed import (
     packed_gemm,
     unpack_fields,
 )
+from cospadi.native.round_code import RoundCodeResult, round_code
 from cospadi.native.runtime import runtime_info
+from cospadi.native.select import select_largest
 from cospadi.native.sparse import pack_mask, sparse_gemm, unpack_mask, validate_mask
 
 __all__ = [
@@ -23,13 +25,16 @@ __all__ = [
     "AtomUpdateStats",
     "CodeFormat",
     "OmpResult",
+    "RoundCodeResult",
     "decode_coeffs",
     "gemm",
     "omp_encode",
     "pack_fields",
     "pack_mask",
     "packed_gemm",
+    "round_code",
     "runtime_info",
+    "select_largest",
     "sparse_gemm",
     "unpack_fields",
     "unpack_mask",

@@ -10,8 +10,8 @@ from typing import Any
 
 from cospadi.checkpoint.format import LayerType
 from cospadi.errors import InputError
-from cospadi.factor import FactorSpec, Support, removed_shares
-from cospadi.learn.budget import StorageWidths
+from cospadi.factor import STORAGE_DTYPES, FactorSpec, Support, removed_shares
+from cospadi.learn.budget import VALUE_BITS, StorageWidths
 from cospadi.learn.grouping import groups_by_position as consecutive
 from cospadi.learn.methods import factor_size
 from cospadi.learn.quantize import INTEGER_BITS, StorageTypes
@@ -228,6 +228,8 @@ def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, Mo
         k_over_s=k_over_s,
         convention=recipe.ratio_convention,
         widths=storage_widths(types),
+        dictionary=recipe.dictionary,
+        learned_share=recipe.learned_share,
     )
     if size.sparsity < 1:
         return skip(f"too small: nothing fits at ratio {ratio}")
@@ -250,7 +252,9 @@ def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, Mo
         for member in members
     ]
     stored = sum(plan.spec.stored_bits for plan in plans)
-    if stored >= sum(plan.spec.dense_bits for plan in plans):
+    # what stays dense is written in the storage type
+    width = 8 * STORAGE_DTYPES[recipe.storage_dtype].itemsize / VALUE_BITS
+    if stored >= width * sum(plan.spec.dense_bits for plan in plans):
         return skip(f"would not get smaller at ratio {ratio}")
     return {plan.name: plan for plan in plans}
 

@@ -15,9 +15,10 @@ import yaml
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
 from cospadi.learn.budget import RatioConvention, check_ratio
+from cospadi.learn.coding import Solver
 from cospadi.learn.group import GroupObjective
-from cospadi.learn.methods import METHODS
-from cospadi.learn.options import Init, LearnOptions, Solver, Unused, Update
+from cospadi.learn.methods import METHODS, DictionaryKind
+from cospadi.learn.options import Init, LearnOptions, Unused, Update
 from cospadi.learn.quantize import INTEGER_BITS, Rounding, StorageTypes
 from cospadi.pipeline.presets import PRESETS
 
@@ -62,7 +63,12 @@ class Recipe:
         Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
     k_over_s : float
         Atoms per coefficient of a column.
-    solver, iterations, power_iterations, update, init, block_size, sweeps, unused, tolerance, coding_batch
+    dictionary : {"learned", "identity", "augmented"}
+        Atoms of the method ``cospadi``: learned ones, the inputs themselves, or both.
+    learned_share : float
+        Part of the budget that an augmented dictionary spends on learned atoms.
+    solver, iterations, power_iterations, update, init, block_size, sweeps, unused, tolerance, coding_batch,
+    first_penalty, penalty_growth
         See `cospadi.learn.options.LearnOptions`.
     refit : bool
         Least-squares refit of what is not rounded yet while factors are rounded; the paper does none.
@@ -112,7 +118,9 @@ class Recipe:
     ratio: float = 0.2
     ratio_convention: RatioConvention = "stored"
     k_over_s: float = 2.0
-    solver: Solver = "omp"
+    dictionary: DictionaryKind = "learned"
+    learned_share: float = 0.1
+    solver: Solver = "auto"
     iterations: int = 8
     power_iterations: int = 1
     init: Init = "svd"
@@ -122,6 +130,8 @@ class Recipe:
     tolerance: float = 2e-3
     update: Update = "ksvd"
     coding_batch: int = 0
+    first_penalty: float = 0.01
+    penalty_growth: float = 1.1
     refit: bool = True
     group_size: int = 1
     group_targets: tuple[str, ...] = SHARED_PROJECTIONS
@@ -150,8 +160,16 @@ class Recipe:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("ratio_convention", self.ratio_convention, get_args(RatioConvention))
         _check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
-        for name, kind in (("group_objective", GroupObjective), ("grouping", Grouping)):
+        for name, kind in (
+            ("dictionary", DictionaryKind),
+            ("group_objective", GroupObjective),
+            ("grouping", Grouping),
+        ):
             _check_choice(name, getattr(self, name), get_args(kind))
+        if not 0.0 < self.learned_share < 1.0:
+            raise InputError(
+                f"learned_share: expected a share between 0 and 1, got {self.learned_share!r}"
+            )
         for name in ("refit", "measure_on_calibration", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
@@ -193,6 +211,10 @@ class Recipe:
             raise InputError("sequential: needs calibration text and a method that uses it")
         if self.shrinkage is not None and not 0.0 <= self.shrinkage <= 1.0:
             raise InputError(f"shrinkage: expected 0 to 1, got {self.shrinkage!r}")
+        if self.dictionary != "learned" and self.method != "cospadi":
+            raise InputError(
+                f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
+            )
         types = self.storage_types()
         if method.form == "rounded" and types.coeffs not in INTEGER_BITS:
             raise InputError(
