@@ -12,6 +12,7 @@ from cospadi.errors import InputError
 from cospadi.learn.baselines import (
     basis_sharing,
     compot,
+    gptq,
     low_rank,
     magnitude,
     rocket,
@@ -19,6 +20,7 @@ from cospadi.learn.baselines import (
     sparsegpt,
     wanda,
 )
+from cospadi.learn.quantize import quantise_integers
 from cospadi.learn.whitening import identity_whitening, relative_error, whiten_gram
 
 
@@ -225,3 +227,30 @@ def test_round_to_nearest_is_within_half_a_step_of_the_largest_magnitude(bits, g
         # a scale rounded down to bfloat16 clips the largest value a little
         slack = part.abs().amax(1) - step * limit
         assert bool(((found - part).abs().amax(1) <= torch.maximum(step / 2, slack) * 1.001).all())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("group", [0, 8])
+def test_gptq_loses_less_output_than_rounding_the_same_scales(bits, group):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(24, 32, generator=generator)
+    x = torch.randn(300, 32, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / 300
+    factor, quantised = gptq(weight, gram, bits, group=group)
+    plain = quantise_integers(weight, bits, group=group)
+    assert torch.equal(quantised.scale, plain.scale)
+    assert int(quantised.fields.abs().max()) <= 2 ** (bits - 1) - 1
+    torch.testing.assert_close(factor.dense_weight().float(), quantised.values)
+
+    def lost(values):
+        difference = (weight - values).double()
+        return float(((difference @ gram) * difference).sum())
+
+    assert lost(quantised.values) < 0.9 * lost(plain.values)
+
+
+def test_gptq_with_uncorrelated_inputs_is_rounding():
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    _, quantised = gptq(weight, torch.eye(32, dtype=torch.float64), 4)
+    assert torch.equal(quantised.fields, quantise_integers(weight, 4).fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cospadi.learn import rounding
 from cospadi.learn.baselines import low_rank, magnitude
 from cospadi.learn.budget import sparse_size
 from cospadi.learn.group import fit_group
@@ -175,3 +176,24 @@ def test_both_kinds_of_atoms_are_refitted_together():
     (rounded,) = round_factors([member], [mixed], StorageTypes("float32", "float32"))
     assert rounded.dictionary.values.shape == (D_IN, 6)
     assert member.error(rounded.decoded().dense_weight()) < 0.99 * before
+
+
+@pytest.mark.parametrize("n_identity", [0, D_IN])
+def test_feedback_lowers_the_error_of_integers(n_identity, monkeypatch):
+    """With the same refits, plain rounding of every coefficient against rounding with feedback."""
+    weight, gram = problem()
+    member = Member(weight, whiten_gram(gram, "layer"))
+    if n_identity:
+        factors, members = [magnitude(weight, 20)], [member]
+    else:
+        fit = fitted()
+        factors, members = list(fit.factors), list(fit.members)
+    types = StorageTypes(coeffs="int4")
+    with_feedback = round_factors(members, factors, types)
+    monkeypatch.setattr(rounding, "_with_feedback", lambda coeffs, factor, atoms: coeffs)
+    without = round_factors(members, factors, types)
+    errors = [
+        group_error(members, [f.decoded().dense_weight() for f in state])
+        for state in (with_feedback, without)
+    ]
+    assert errors[0] < errors[1] * (0.95 if n_identity else 0.99)

@@ -109,6 +109,7 @@ def test_pruning_keeps_biases_and_transposed_layers(family, job, ids, tmp_path):
         {"method": "svd-llm", "coeffs_dtype": "int8", "dictionary_dtype": "int8"},
         {"method": "wanda", "coeffs_dtype": "int4"},
         {"method": "rtn", "coeffs_dtype": "int4", "coeffs_group": 8},
+        {"method": "gptq", "coeffs_dtype": "int4", "coeffs_group": 8},
     ],
     ids=str,
 )

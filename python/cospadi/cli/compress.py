@@ -10,7 +10,10 @@ from cospadi.cli.common import build_recipe, describe_ratio, megabytes, quiet_li
 from cospadi.cli.live import make_listener
 
 EXIT_PARTIAL = 3
-METHOD_HELP = "cospadi, svd-llm, svd, basis-sharing, compot, rocket, magnitude, wanda, sparsegpt or rtn [cospadi]."
+METHOD_HELP = (
+    "cospadi, svd-llm, svd, basis-sharing, compot, rocket, magnitude, wanda, sparsegpt, rtn or gptq "
+    "[cospadi]."
+)
 
 
 def compress_command(

@@ -14,6 +14,7 @@ from cospadi.learn.augmented import fit_augmented
 from cospadi.learn.baselines import (
     basis_sharing,
     compot,
+    gptq,
     magnitude,
     rocket,
     round_to_nearest,
@@ -232,10 +233,12 @@ def _fit_baseline(
     weight, whitening, gram = members[0].weight, inputs[0].whitening, inputs[0].gram
     size, types = settings.size, settings.types
     factors: list[FloatFactor]
-    if settings.method == "rtn":
-        factor, quantised = round_to_nearest(
-            weight, INTEGER_BITS[types.coeffs], group=types.coeffs_group
-        )
+    if METHODS[settings.method].form == "rounded":
+        bits, group = INTEGER_BITS[types.coeffs], types.coeffs_group
+        if settings.method == "gptq":
+            factor, quantised = gptq(weight, gram, bits, group=group)
+        else:
+            factor, quantised = round_to_nearest(weight, bits, group=group)
         nothing = QuantisedDictionary("bfloat16", factor.dictionary.float())
         return [RoundedFactor(nothing, factor.indices, quantised, factor.n_identity)]
     if settings.method in ("svd", "svd-llm", "basis-sharing"):

@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "wanda": Method("largest weight times input norm of each output", "pruned"),
     "sparsegpt": Method("optimal brain surgeon pruning", "pruned"),
     "rtn": Method("round-to-nearest integers", "rounded", uses_calibration=False),
+    "gptq": Method("integers with error feedback", "rounded"),
 }
 
 

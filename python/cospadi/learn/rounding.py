@@ -16,11 +16,13 @@ int4 has 0.198 instead of 0.084 (layer 15).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from cospadi import native
 from cospadi.learn.member import Member, group_error
 from cospadi.learn.quantize import (
     INTEGER_BITS,
@@ -123,7 +125,7 @@ def _refine(
             member.refit(factor.decoded(), factor.dictionary.values.double())
             for member, factor in zip(members, current, strict=True)
         ]
-        current = _round_coeffs(members, refitted, current[0].dictionary, types)
+        current = _round_coeffs(members, refitted, current[0].dictionary, types, feedback=True)
         best, best_error = _better(members, current, best, best_error)
         if current[0].dictionary.values.shape[1]:
             solved = solve_dictionary(members, [factor.decoded() for factor in current])
@@ -203,13 +205,38 @@ def _round_coeffs(
     factors: Sequence[FloatFactor],
     dictionary: QuantisedDictionary,
     types: StorageTypes,
+    *,
+    feedback: bool = False,
 ) -> list[RoundedFactor]:
+    """Coefficients in their storage type; ``feedback`` passes the error of every integer on to those after it."""
     rounded = []
     for member, factor in zip(members, factors, strict=True):
-        energies = member.atoms(dictionary.values, factor.n_identity).square().sum(1)
+        atoms = member.atoms(dictionary.values, factor.n_identity)
+        energies = atoms.square().sum(1)
         coeffs = quantise_coeffs(factor.coeffs, types, energies[factor.indices.long()])
+        if feedback and types.coeffs in INTEGER_BITS:
+            coeffs = _with_feedback(coeffs, factor, atoms.float())
         rounded.append(RoundedFactor(dictionary, factor.indices, coeffs, factor.n_identity))
     return rounded
+
+
+def _with_feedback(
+    coeffs: QuantisedCoeffs, factor: FloatFactor, atoms: torch.Tensor
+) -> QuantisedCoeffs:
+    """The integers chosen anew, in the metric of the atoms, with the same scales."""
+    assert coeffs.scale is not None
+    steps = coeffs.scale.float()
+    result = native.round_code(
+        atoms @ atoms.T,
+        None if factor.full_support else factor.indices.contiguous(),
+        factor.coeffs.float(),
+        steps,
+        2 ** (INTEGER_BITS[coeffs.dtype] - 1) - 1,
+        group=coeffs.group,
+    )
+    sparsity = factor.sparsity
+    per_value = steps.repeat_interleave(coeffs.group or max(sparsity, 1), dim=1)[:, :sparsity]
+    return dataclasses.replace(coeffs, fields=result.fields, values=result.fields * per_value)
 
 
 def _better(
