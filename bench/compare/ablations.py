@@ -22,15 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cospadi.calibration.cache import collect_cached_grams
-from cospadi.calibration.data import load_calibration
-from cospadi.calibration.statistics import collect_grams
+from matrices import load_matrices
+
 from cospadi.learn.budget import sparse_size
 from cospadi.learn.learner import learn
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.whitening import whiten_gram
-from cospadi.model.discover import discover, weight_of
-from cospadi.model.source import open_source
 from cospadi.pipeline.recipe import recipe_from_mapping
 
 PAPER = recipe_from_mapping({"preset": "paper"}).learn_options()
@@ -59,39 +55,15 @@ def variants() -> dict[str, tuple[LearnOptions, float]]:
 
 
 def matrices(args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
-    """Name, signals and whitening of the chosen matrices."""
-    source = open_source(args.model)
-    targets, _ = discover(source.model)
-    blocks = {int(block) for block in args.blocks.split(",")}
-    chosen = [target for target in targets if target.block in blocks]
-    calibration = load_calibration(
+    """Name, signals and shape of the chosen matrices."""
+    found = load_matrices(
+        args.model,
         args.calibration,
-        source.tokenizer,
-        n_samples=args.samples,
-        sequence_length=1024,
-        seed=42,
+        {int(block) for block in args.blocks.split(",")},
+        samples=args.samples,
+        gram_cache=args.gram_cache,
     )
-    if args.gram_cache is None:
-        passes = collect_grams(source.model, chosen, calibration.ids, batch_size=4)
-    else:
-        passes = collect_cached_grams(
-            source.model,
-            chosen,
-            calibration.ids,
-            folder=args.gram_cache,
-            weights=source.fingerprint,
-            report=print,
-            batch_size=4,
-        )
-    by_name = {target.name: target for target in chosen}
-    found = []
-    for finished in passes:
-        for item in finished.grams.values():
-            whitening = whiten_gram(item.gram, item.members[0])
-            for name in item.members:
-                weight, _ = weight_of(source.model, by_name[name])
-                found.append((name, whitening.whiten(weight).float(), tuple(weight.shape)))
-    return found
+    return [(m.name, m.whitening.whiten(m.weight).float(), tuple(m.weight.shape)) for m in found]
 
 
 def run(

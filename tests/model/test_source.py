@@ -208,6 +208,7 @@ def test_config_that_describes_a_huge_model_allocates_nothing(damaged_dir):
         ({"architectures": "Llama"}, "architectures"),
         ({"num_hidden_layers": 0}, "0 hidden layers"),
         ({"num_hidden_layers": 10**7}, "10000000 hidden layers"),
+        ({"max_position_embeddings": -3}, "max_position_embeddings -3, expected at least 1"),
         ({"vocab_size": 10**40}, "vocab_size .* out of range"),
         ({"hidden_act": "wrong"}, "config"),
     ],

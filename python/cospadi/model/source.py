@@ -198,7 +198,15 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
     check_decoder(config, name)
     most = _MAX_LAYERS if stored is None else min(_MAX_LAYERS, stored.n_tensors)
     if layers is not None and not (isinstance(layers, int) and 1 <= layers <= most):
-        raise InputError(f"{name}: config.json says {layers!r} hidden layers, expected 1 to {most}")
+        raise InputError(
+            f"{name}: config.json says {layers!r} hidden layers, expected at least 1, and no more than the "
+            f"checkpoint has tensors ({most})"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and not (isinstance(context, int) and context >= 1):
+        raise InputError(
+            f"{name}: config.json says max_position_embeddings {context!r}, expected at least 1"
+        )
     return config
 
 
