@@ -71,7 +71,8 @@ class Recipe:
     first_penalty, penalty_growth
         See `cospadi.learn.options.LearnOptions`.
     refit : bool
-        Least-squares refit of what is not rounded yet while factors are rounded; the paper does none.
+        Least-squares refit of what is not rounded yet while factors are rounded, integers with error feedback; the
+        paper does neither.
     group_size : int
         Consecutive layers whose projections of one kind share a dictionary; 1: none share.
     group_targets : tuple of str
