@@ -177,9 +177,10 @@ def _tokenise(
     flush()
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
     read = "first " if remaining <= 0 else ""
+    noun = "document" if n_documents == 1 else "documents"
     return (
         stream,
-        f"{read}{n_documents} documents, {n_characters} characters, {stream.numel()} tokens",
+        f"{read}{n_documents} {noun}, {n_characters} characters, {stream.numel()} tokens",
     )
 
 

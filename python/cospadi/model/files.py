@@ -37,6 +37,21 @@ _OTHER_HEADS = (
     "ForPreTraining",
 )
 _MAX_DIMENSION = 2**31 - 1
+# What only makes sense as a number of something, in Llama's and in GPT-2's words; null leaves it to the default.
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "vocab_size",
+    "n_embd",
+    "n_head",
+    "n_layer",
+    "n_positions",
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,21 @@ def check_raw_config(raw: dict[str, Any], name: str) -> None:
     for key, value in _walk(raw):
         if isinstance(value, int) and abs(value) > _MAX_DIMENSION:
             raise InputError(f"{name}: {key} = {value!s:.40} in config.json is out of range")
+        if key in _COUNTS and value is not None and not (type(value) is int and value >= 1):
+            raise InputError(
+                f"{name}: {key} = {value!r:.40} in config.json, expected an integer of at least 1"
+            )
+
+
+def blamed_key(raw: dict[str, Any], message: str) -> str:
+    """Name the setting that an outside error message quotes, as " (key = value in config.json)", or nothing.
+
+    transformers says what it did not understand, not where it read it.
+    """
+    for key, value in _walk(raw):
+        if isinstance(value, str) and value and (repr(value) in message or str(key) in message):
+            return f" ({key} = {value!r:.40} in config.json)"
+    return ""
 
 
 def _walk(raw: dict[str, Any], depth: int = 0) -> Iterator[tuple[str, object]]:

@@ -23,6 +23,7 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.model.files import (
     WeightCount,
+    blamed_key,
     check_decoder,
     check_raw_config,
     check_tokenizer_files,
@@ -171,6 +172,7 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
     from transformers import AutoConfig
 
     name = location.name
+    raw: dict[str, Any] = {}
     if location.gguf_file is not None:
         for package in ("gguf", "accelerate"):
             if find_spec(package) is None:
@@ -190,7 +192,9 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
         if location.gguf_file is not None:
             _check_whole_gguf(location.folder / location.gguf_file)
         source = location.folder / (location.gguf_file or "config.json")
-        raise InputError(f"cannot read the configuration in {source}: {one_line(error)}") from error
+        raise InputError(
+            f"cannot read the configuration in {source}: {one_line(error)}{blamed_key(raw, str(error))}"
+        ) from error
     if encoder_decoder:
         raise InputError(
             f"{name} is an encoder-decoder model ({config.model_type}): a causal language model is needed"
@@ -201,11 +205,6 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
         raise InputError(
             f"{name}: config.json says {layers!r} hidden layers, expected at least 1, and no more than the "
             f"checkpoint has tensors ({most})"
-        )
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and not (isinstance(context, int) and context >= 1):
-        raise InputError(
-            f"{name}: config.json says max_position_embeddings {context!r}, expected at least 1"
         )
     return config
 
@@ -231,6 +230,7 @@ def _meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     except Exception as error:
         raise InputError(
             f"{name}: cannot build a causal language model from its config: {one_line(error)}"
+            f"{blamed_key(config.to_dict(), str(error))}"
         ) from error
 
 
