@@ -216,7 +216,7 @@ def test_config_that_describes_a_huge_model_allocates_nothing(damaged_dir):
         ({"vocab_size": 10**40}, "vocab_size .* out of range"),
         ({"hidden_act": "wrong"}, r"\(hidden_act = 'wrong' in config\.json\)"),
         ({"dtype": "float99"}, r"\(dtype = 'float99' in config\.json\)"),
-        ({"rope_parameters": "x"}, "rope_parameters"),
+        ({"rope_parameters": "linear"}, "rope_parameters"),
     ],
 )
 def test_bad_config(damaged_dir, changes, match):
@@ -288,6 +288,15 @@ def test_a_file_that_cannot_be_read_is_not_called_invalid(tmp_path):
     assert "JSON" not in message and str(tmp_path) in message
     (tmp_path / "x.json").write_bytes(b"\xff")
     fails(tmp_path / "x.json", r"x\.json is not valid JSON: it is not UTF-8", read_json)
+
+
+def test_integer_weight_is_refused(damaged_dir):
+    def quantise(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = (100 * tensors[name]).to(torch.int32)
+
+    edit_weights(damaged_dir, quantise)
+    fails(damaged_dir, r"layers\.0\.mlp\.up_proj\.weight is torch\.int32, expected floating point")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\x00", '{"a": }', "[" * 5000])

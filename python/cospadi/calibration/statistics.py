@@ -242,7 +242,7 @@ def plan_passes(groups: Sequence[InputGroup], max_gram_bytes: int | None) -> lis
     for group in ordered:
         if max_gram_bytes is not None and group.gram_bytes > max_gram_bytes:
             raise InputError(
-                f"max_gram_bytes = {max_gram_bytes} is less than the Gram of {group.key} needs: "
+                f"max_gram_bytes = {max_gram_bytes} (setting max_gram_gb) is less than the Gram of {group.key} needs: "
                 f"{group.gram_bytes} bytes (8 x {group.d_in}^2)"
             )
         if max_gram_bytes is not None and held + group.gram_bytes > max_gram_bytes:

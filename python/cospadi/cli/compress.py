@@ -122,6 +122,7 @@ def compress_command(
     typer.echo(
         f"{result.out_dir}: {len(result.reports)} linears, {megabytes(result.dense_bytes)} in bfloat16 -> "
         f"{megabytes(result.stored_bytes)}; {describe_ratio(result.ratio)}; {result.seconds:.0f} s"
+        + (f"; {len(result.dense)} more stayed dense, see above" if result.dense else "")
     )
     if result.failed:
         typer.echo(

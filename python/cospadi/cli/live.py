@@ -54,6 +54,8 @@ class PlainListener:
     def __init__(self) -> None:
         self._eta = Eta()
         self._last_calibration = -1
+        self._last_backward = -1
+        self._last_coarse = -1
 
     def __enter__(self) -> PlainListener:
         return self
@@ -97,6 +99,21 @@ class PlainListener:
         if tenth != self._last_calibration:
             self._last_calibration = tenth
             typer.echo(f"calibration: {event['done']} of {event['total']} batches")
+
+    def _on_backward(self, event: Event) -> None:
+        tenth = 10 * event["done"] // max(1, event["total"])
+        if tenth != self._last_backward:
+            self._last_backward = tenth
+            typer.echo(f"backward passes: {event['done']} of {event['total']}")
+
+    def _on_coarse(self, event: Event) -> None:
+        tenth = 10 * event["done"] // max(1, event["total"])
+        if tenth != self._last_coarse:
+            self._last_coarse = tenth
+            typer.echo(f"coarse fits: {event['done']} of {event['total']} linears")
+
+    def _on_allocated(self, event: Event) -> None:
+        typer.echo(describe_allocation(event))
 
     def _on_module(self, event: Event) -> None:
         self._eta.add(event)
@@ -164,6 +181,15 @@ class LiveListener(PlainListener):
     def _on_calibration(self, event: Event) -> None:
         self._status = f"calibration: {event['done']} of {event['total']} batches"
 
+    def _on_backward(self, event: Event) -> None:
+        self._status = f"backward passes: {event['done']} of {event['total']}"
+
+    def _on_coarse(self, event: Event) -> None:
+        self._status = f"coarse fits: {event['done']} of {event['total']} linears"
+
+    def _on_allocated(self, event: Event) -> None:
+        self._print(describe_allocation(event))
+
     def _on_iteration(self, event: Event) -> None:
         self._current = f"{event['module']}: iteration {event['iteration']}, error {event['error_after_update']:.4f}"
 
@@ -201,6 +227,15 @@ def describe_start(event: Event) -> str:
         f"{event['model']}: {event['method']}, {event['n_modules']} linears, removing "
         f"{event['removed']['stored']:.1%} of their bytes ({event['removed']['values']:.1%} of values); "
         f"calibration: {event['calibration']}; {event['threads']} threads, {event['isa']}"
+    )
+
+
+def describe_allocation(event: Event) -> str:
+    """One line about how the budget was divided."""
+    shares = event["ratios"].values()
+    return (
+        f"allocation: {min(shares):.0%} to {max(shares):.0%} of single linears; expected loss "
+        f"{event['predicted_loss']:.4f} nats per token, {event['predicted_uniform']:.4f} if uniform"
     )
 
 

@@ -17,21 +17,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from cospadi.learn.coding import CodingProblem
-from cospadi.learn.coding.iterative import ridged_factor
-from cospadi.learn.coding.problem import support_mask
 from cospadi.learn.group import GroupFit, relative_group_error, unit_columns
 from cospadi.learn.init import signal_svd
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.refit import solve_on_support
-from cospadi.learn.result import FloatFactor, top_support
+from cospadi.learn.result import FloatFactor
 from cospadi.learn.shared_dictionary import solve_dictionary
+from cospadi.learn.splitting import Split
 from cospadi.learn.whitening import Whitening
 
 MAX_STEPS = 400
@@ -82,7 +78,7 @@ def fit_augmented(
     """
     start = time.perf_counter()
     dictionary = _leading_atoms(members, joint, n_atoms)
-    splits = [_Split(member, dictionary) for member in members]
+    splits = [Split(member, dictionary) for member in members]
     penalty, resting = options.first_penalty, 0
     for _ in range(MAX_STEPS):
         moved = [split.step(penalty, sparsity) for split in splits]
@@ -91,8 +87,10 @@ def fit_augmented(
             break
         penalty *= options.penalty_growth
         for split in splits:
-            split.dual /= options.penalty_growth
-        if n_atoms:
+            split.relax(options.penalty_growth)
+        if n_atoms and len(splits) == 1:
+            splits[0].update_dictionary()
+        elif n_atoms:
             _update(members, splits)
     coded = time.perf_counter()
     coding_error = relative_group_error(members, [split.factor() for split in splits])
@@ -120,92 +118,7 @@ def fit_augmented(
     return GroupFit(tuple(factors), tuple(members), (stats,), (error,))
 
 
-@dataclass
-class _Identity:
-    """What never changes: the identity atoms of one metric at unit norm, with their products."""
-
-    unit: torch.Tensor
-    lengths: torch.Tensor
-    gram: torch.Tensor
-    correlations: torch.Tensor
-
-
-class _Split:
-    """Codes of one member in the two forms of the splitting, for the unit-norm atoms of its metric.
-
-    Attributes
-    ----------
-    sparse : torch.Tensor
-        ``[d_out, d_in + K]`` float32; dense before the first step.
-    dual : torch.Tensor
-        Scaled multipliers, same shape.
-    indices, mask : torch.Tensor
-        Support of `sparse`.
-    """
-
-    def __init__(self, member: Member, dictionary: torch.Tensor) -> None:
-        self.member = member
-        self.d_in = member.weight.shape[1]
-        self.signals = member.signals.float()
-        self.identity = _identity_atoms(member, self.signals)
-        self.dictionary = dictionary
-        self.problem = self._problem()
-        self.sparse = self._start()
-        self.dual = torch.zeros_like(self.sparse)
-        self.indices = torch.zeros((0, 0), dtype=torch.int32)
-        self.mask = torch.zeros_like(self.sparse)
-
-    def step(self, penalty: float, sparsity: int) -> bool:
-        """One step of the splitting; whether a support moved."""
-        lower = ridged_factor(self.problem.gram, penalty)
-        right = self.problem.correlations + penalty * (self.sparse - self.dual)
-        self.dual += torch.cholesky_solve(right.T, lower).T
-        self.indices = top_support(self.dual.abs(), sparsity)
-        before, self.mask = self.mask, support_mask(self.indices, self.problem.n_atoms)
-        self.sparse = self.dual * self.mask
-        self.dual -= self.sparse
-        return not torch.equal(before, self.mask)
-
-    def refit(self, steps: int) -> None:
-        """Move the sparse code towards least squares on its support."""
-        self.sparse = solve_on_support(
-            self.problem.gram, self.problem.correlations, self.mask, self.sparse, steps=steps
-        )
-
-    def factor(self) -> FloatFactor:
-        """The sparse code as a factor of the weight."""
-        code = (self.sparse / self.problem.lengths).gather(1, self.indices.long())
-        return FloatFactor(self.dictionary, self.indices, code, self.d_in)
-
-    def take(self, factor: FloatFactor) -> None:
-        """Go on with moved atoms and the coefficients that belong to them."""
-        self.dictionary = factor.dictionary
-        self.problem = self._problem()
-        self.sparse = factor.code().float() * self.problem.lengths
-
-    def _problem(self) -> CodingProblem:
-        fixed = self.identity
-        if not self.dictionary.shape[1]:
-            return CodingProblem(fixed.gram, fixed.correlations, fixed.lengths)
-        rows, lengths = _unit_rows(self.member.whitening.whiten_atoms(self.dictionary).float())
-        cross, own = rows @ fixed.unit.T, rows @ rows.T
-        gram = torch.cat([torch.cat([fixed.gram, cross.T], 1), torch.cat([cross, own], 1)])
-        gram.diagonal().fill_(1.0)
-        correlations = torch.cat([fixed.correlations, self.signals @ rows.T], 1)
-        return CodingProblem(gram, correlations, torch.cat([fixed.lengths, lengths]))
-
-    def _start(self) -> torch.Tensor:
-        """Least squares over the learned atoms, and the exact remainder."""
-        remainder = self.member.weight.double()
-        if not self.dictionary.shape[1]:
-            return remainder.float() * self.problem.lengths
-        learned = self.member.whitening.whiten_atoms(self.dictionary)
-        part = torch.linalg.lstsq(learned.T, self.member.signals.T).solution.T
-        everything = torch.cat([remainder - part @ self.dictionary.T, part], 1)
-        return everything.float() * self.problem.lengths
-
-
-def _update(members: Sequence[Member], splits: Sequence[_Split]) -> None:
+def _update(members: Sequence[Member], splits: Sequence[Split]) -> None:
     """Least-squares learned atoms for the sparse codes of all members."""
     factors = [split.factor() for split in splits]
     dictionary = solve_dictionary(members, factors)
@@ -220,20 +133,6 @@ def _leading_atoms(members: Sequence[Member], joint: Whitening, n_atoms: int) ->
     """``[d_in, K]`` leading directions of the weights in the joint metric."""
     if n_atoms == 0:
         return torch.zeros((members[0].weight.shape[1], 0), dtype=torch.float64)
-    signals = torch.cat([joint.whiten(member.weight) for member in members])
+    signals = torch.cat([m.weigh_outputs(joint.whiten(m.weight)) for m in members])
     columns = joint.unwhiten_atoms(signal_svd(signals).right[:n_atoms])
     return columns / columns.norm(dim=0)
-
-
-def _identity_atoms(member: Member, signals: torch.Tensor) -> _Identity:
-    unit, lengths = _unit_rows(member.whitening.factor.T.float())
-    gram = unit @ unit.T
-    gram.diagonal().fill_(1.0)
-    return _Identity(unit, lengths, gram, signals @ unit.T)
-
-
-def _unit_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows at unit norm and their norms; a zero row stays zero with norm one."""
-    lengths = rows.norm(dim=1)
-    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    return rows / lengths[:, None], lengths

@@ -27,6 +27,7 @@ from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions
+from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.rounding import RoundedFactor, round_factors
@@ -54,6 +55,8 @@ class FitInput:
         Metric of the fit.
     target : torch.Tensor or None
         ``[d_out, d_in]`` weight to approximate instead (sequential calibration); None: `weight`.
+    output : OutputMetric or None
+        What errors of the output do to the prediction; None: outputs count alike.
     with_spectrum : bool
         Keep the spectrum in the report. It costs a singular value decomposition of the weight, as much as a good part
         of a fit, so it is for the few weights that somebody will look at.
@@ -65,11 +68,13 @@ class FitInput:
     gram: torch.Tensor
     whitening: Whitening
     target: torch.Tensor | None = None
+    output: OutputMetric | None = None
     with_spectrum: bool = False
 
     def member(self) -> Member:
         """What the fit approximates, in its metric."""
-        return Member(self.weight if self.target is None else self.target, self.whitening)
+        target = self.weight if self.target is None else self.target
+        return Member(target, self.whitening, self.output)
 
 
 @dataclass(frozen=True)

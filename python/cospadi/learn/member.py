@@ -8,9 +8,13 @@ from functools import cached_property
 
 import torch
 
-from cospadi.learn.refit import refit_coefficients
+from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.refit import refit_coefficients, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.whitening import Whitening
+
+REFIT_STEPS = 25
+"""Conjugate gradient steps of `Member.refit`."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,13 @@ class Member:
     whitening : Whitening
         Metric: the error of ``W~`` is ``scale ||L (W - W~)||^2``, which is ``||X (W - W~)||^2`` per token if the
         whitening is that of the member's own activation Gram.
+    output : OutputMetric or None
+        Metric of the outputs; the error is ``trace(F (W - W~)^T G (W - W~))`` per token then. None: the identity.
     """
 
     weight: torch.Tensor
     whitening: Whitening
+    output: OutputMetric | None = None
 
     @cached_property
     def signals(self) -> torch.Tensor:
@@ -45,19 +52,37 @@ class Member:
         learned = self.whitening.whiten_atoms(dictionary)
         return torch.cat([self.whitening.factor.T, learned]) if n_identity else learned
 
+    def weigh_outputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows [d_out, n]`` float64 times the square root of the output metric, so that it need not be known."""
+        if self.output is None:
+            return rows
+        return self.output.scale**0.5 * (self.output.factor @ rows)
+
     def error(self, approximation: torch.Tensor) -> float:
-        """``scale ||L (W - W~)||^2`` of ``approximation [d_out, d_in]``."""
+        """``scale ||L (W - W~)||^2`` of ``approximation [d_out, d_in]``, in the output metric if there is one."""
         lost = self.whitening.whiten(self.weight.double() - approximation.double())
-        return self.whitening.scale * float(lost.square().sum())
+        if self.output is None:
+            return self.whitening.scale * float(lost.square().sum())
+        energy = float(((self.output.matrix @ lost) * lost).sum())
+        return self.whitening.scale * self.output.scale * energy
 
     def refit(self, factor: FloatFactor, dictionary: torch.Tensor) -> FloatFactor:
         """``factor`` over another ``dictionary [d_in, K]`` with least-squares coefficients on the same support."""
-        coeffs = refit_coefficients(
-            self.signals.float(),
-            self.atoms(dictionary, factor.n_identity).float(),
-            factor.indices,
-            factor.coeffs.float(),
-        )
+        atoms = self.atoms(dictionary, factor.n_identity).float()
+        signals, index = self.signals.float(), factor.indices.long()
+        if self.output is None:
+            coeffs = refit_coefficients(signals, atoms, factor.indices, factor.coeffs.float())
+        else:
+            start = factor.code().float()
+            code = solve_on_support_jointly(
+                atoms @ atoms.T,
+                self.output.matrix.float(),
+                signals @ atoms.T,
+                torch.zeros_like(start).scatter_(1, index, 1.0),
+                start,
+                steps=REFIT_STEPS,
+            )
+            coeffs = code.gather(1, index)
         return FloatFactor(dictionary, factor.indices, coeffs, factor.n_identity)
 
 

@@ -103,3 +103,51 @@ def solve_on_support(
         direction = scaled.addcmul_(beta[:, None], direction)
         energy = torch.where(active, new_energy, energy)
     return x
+
+
+def solve_on_support_jointly(
+    gram: torch.Tensor,
+    rows: torch.Tensor,
+    correlations: torch.Tensor,
+    mask: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    steps: int,
+) -> torch.Tensor:
+    """Conjugate gradients on ``B X G = B P`` over all supports at once, where an output metric couples the rows.
+
+    Parameters
+    ----------
+    gram, correlations, mask, start
+        As in `solve_on_support`; `correlations` without the output metric.
+    rows : torch.Tensor
+        ``[n, n]`` output metric B, positive definite, in the dtype of ``gram``.
+    steps : int
+        At most this many.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[n, A]``, zero off the supports, with an objective not above that of the start.
+    """
+    tiny = torch.finfo(gram.dtype).tiny
+    scaling = mask / (rows.diagonal()[:, None] * gram.diagonal()).clamp_min(tiny)
+    x = start.clone()
+    residual = (rows @ (correlations - x @ gram)) * mask
+    direction = residual * scaling
+    energy = float((residual * direction).sum())
+    enough = 1e-7 * energy
+    for _ in range(steps):
+        if energy <= enough:
+            break
+        product = (rows @ (direction @ gram)) * mask
+        curvature = float((direction * product).sum())
+        if not curvature > 0.0:
+            break
+        step = energy / curvature
+        x.add_(direction, alpha=step)
+        residual.sub_(product, alpha=step)
+        scaled = residual * scaling
+        previous, energy = energy, float((residual * scaled).sum())
+        direction = scaled.add_(direction, alpha=energy / previous)
+    return x

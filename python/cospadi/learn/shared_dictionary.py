@@ -62,12 +62,19 @@ def solve_dictionary(
     if all(member.whitening is members[0].whitening for member in members):
         # With one metric L drops out of the normal equations.
         return least_squares_dictionary(
-            torch.cat(targets), torch.cat(codes), dictionary.T, ridge=ridge
+            torch.cat([m.weigh_outputs(t) for m, t in zip(members, targets, strict=True)]),
+            torch.cat([m.weigh_outputs(c) for m, c in zip(members, codes, strict=True)]),
+            dictionary.T,
+            ridge=ridge,
         ).T
     terms, gradient = [], torch.zeros_like(dictionary)
     for member, target, code in zip(members, targets, codes, strict=True):
-        term = CoupledTerm(member.metric, code.T @ code)
-        gradient += term.a @ ((target - code @ dictionary.T).T @ code)
+        rest, weighed = (
+            member.weigh_outputs(target - code @ dictionary.T),
+            member.weigh_outputs(code),
+        )
+        term = CoupledTerm(member.metric, weighed.T @ weighed)
+        gradient += term.a @ (rest.T @ weighed)
         terms.append(term)
     solve = solve_pair if len(terms) == 2 else solve_by_conjugate_gradients
     return dictionary + solve(terms, gradient, ridge=ridge)

@@ -113,6 +113,16 @@ def check_weight_files(folder: Path) -> WeightCount | None:
         if not (folder / shard).is_file():
             raise InputError(f"{index} names the shard {shard!r}, which is missing")
         header = read_header(folder / shard)
+        for name, info in header.items():
+            if (
+                name.endswith(".weight")
+                and len(info.shape) == 2
+                and not info.dtype.is_floating_point
+            ):
+                raise InputError(
+                    f"{folder / shard}: {name} is {info.dtype}, expected floating point: an already quantised "
+                    "checkpoint? start from the dense one"
+                )
         n_tensors += len(header)
         n_elements += sum(prod(info.shape) for info in header.values())
     return WeightCount(n_tensors, n_elements)
@@ -190,7 +200,8 @@ def blamed_key(raw: dict[str, Any], message: str) -> str:
     transformers says what it did not understand, not where it read it.
     """
     for key, value in _walk(raw):
-        if isinstance(value, str) and value and (repr(value) in message or str(key) in message):
+        quoted = repr(value) in message or (len(str(key)) > 4 and str(key) in message)
+        if isinstance(value, str) and len(value) > 2 and quoted:
             return f" ({key} = {value!r:.40} in config.json)"
     return ""
 

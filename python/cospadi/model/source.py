@@ -257,9 +257,10 @@ def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.load_arguments)
         probe = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
     except Exception as error:
-        file = location.gguf_file or vocabulary_file(location.folder)
+        folder = location.folder
+        file = folder / location.gguf_file if location.gguf_file else vocabulary_file(folder)
         raise InputError(
-            f"{location.name}: cannot load the tokenizer from {location.folder / (file or '')} "
+            f"{location.name}: cannot load the tokenizer from {file or folder} "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
     if not probe:

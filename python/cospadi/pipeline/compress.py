@@ -19,12 +19,14 @@ from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputEr
 from cospadi.factor import removed_shares
 from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.source import SourceModel, open_source
+from cospadi.pipeline.allocation import allocate_ratios
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
 from cospadi.pipeline.workdir import WorkDir
 from cospadi.versions import versions
@@ -119,6 +121,8 @@ def compress(
     recipe = _with_settings(recipe or Recipe(), settings)
     _check_device(device)
     out_dir = check_output(out)
+    if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
+        raise InputError(f"{out_dir}: lies inside the model's own folder; choose another --out")
     if num_threads is not None:
         if num_threads < 1:
             raise InputError(f"threads: expected at least 1, got {num_threads}")
@@ -158,16 +162,21 @@ def _run(
     gram_cache: str | Path | None,
     start: float,
 ) -> CompressResult:
-    grams, groups = None, None
+    grams, groups, fisher, ratios = None, None, None, None
     by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
     if calibration is not None:
-        # the search for similar layers reads all Grams, the fits read them again
-        folder = gram_cache or (work.path / "grams" if by_similarity else None)
+        # the search for similar layers and the allocation read all Grams, the fits read them again
+        reads_twice = by_similarity or recipe.allocation == "loss"
+        folder = gram_cache or (work.path / "grams" if reads_twice else None)
         grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
     targets, skipped = _plan_inputs(source, recipe)
     if by_similarity:
         groups = groups_by_similarity(source, targets, recipe, grams)
-    plan = make_plan(targets, skipped, recipe, groups=groups)
+    if grams is not None and recipe.output_metric == "fisher":
+        fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
+    if grams is not None and recipe.allocation == "loss":
+        ratios = allocate_ratios(grams, fisher, targets, work)
+    plan = make_plan(targets, skipped, recipe, groups=groups, ratios=ratios)
     log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
     for note in source.notes:
         log.emit("warning", text=note)
@@ -180,7 +189,7 @@ def _run(
         )
     for item in plan.dense:
         log.emit("dense", module=item.name, reason=item.reason)
-    job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, work, log)
+    job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, fisher, work, log)
     job.run()
     if not job.factors:
         raise FitError(f"every layer would have to stay dense; the first: {job.failed[0].reason}")

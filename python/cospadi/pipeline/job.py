@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from cospadi.calibration.correction import choose_shrinkage, sequential_target
+from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.sequential import SequentialInput, collect_sequential
 from cospadi.errors import FitError
 from cospadi.factor import STORAGE_DTYPES, SparseFactor
 from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
 from cospadi.learn.methods import METHODS, FactorSize
+from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
 from cospadi.model.discover import Skipped, TargetLinear, weight_of
 from cospadi.model.layers import CospadiLinear
@@ -23,6 +25,7 @@ from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.sensitivity import fisher_metrics
 from cospadi.pipeline.workdir import WorkDir
 
 HELD_BACK_SHARE = 8
@@ -41,11 +44,14 @@ class Statistics:
         Metric of the fit, or why there is none.
     target : torch.Tensor or None
         ``[d_out, d_in]`` weight to approximate in place of the module's own (sequential calibration).
+    output : OutputMetric or None
+        Metric of the outputs.
     """
 
     gram: torch.Tensor
     whitening: Whitening | WhiteningError
     target: torch.Tensor | None = None
+    output: OutputMetric | None = None
 
 
 class Job:
@@ -68,6 +74,7 @@ class Job:
         plan: Plan,
         recipe: Recipe,
         grams: GramSource | None,
+        fisher: FisherStore | None,
         work: WorkDir,
         log: EventLog,
     ) -> None:
@@ -75,6 +82,7 @@ class Job:
         self.targets = targets
         self.recipe = recipe
         self.grams = grams
+        self.fisher = fisher
         self.work = work
         self.log = log
         self.planned = {module.name: module for module in plan.modules}
@@ -144,7 +152,16 @@ class Job:
                 if uses_text:
                     metric = _whiten(item.gram, item.members[0])
                 for name in item.members:
-                    self._take(name, Statistics(item.gram, metric))
+                    self._take(name, self._with_output(name, Statistics(item.gram, metric)))
+
+    def _with_output(self, name: str, statistics: Statistics) -> Statistics:
+        """The statistics with what the gradients of the module's output say."""
+        if self.fisher is None or isinstance(statistics.whitening, WhiteningError):
+            return statistics
+        whitening, output = fisher_metrics(
+            self.fisher, self.targets[name], statistics.gram, statistics.whitening
+        )
+        return dataclasses.replace(statistics, whitening=whitening, output=output)
 
     def _run_sequential(self, grams: GramSource) -> None:
         """Fit in the order of execution; what is finished runs in the compressed stream."""
@@ -242,6 +259,7 @@ class Job:
             statistics.gram,
             statistics.whitening,
             statistics.target,
+            output=statistics.output,
             with_spectrum=name in self._with_spectrum,
         )
 

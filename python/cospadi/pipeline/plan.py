@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,6 +128,7 @@ def make_plan(
     recipe: Recipe,
     *,
     groups: Sequence[Sequence[str]] | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> Plan:
     """Sizes of every target under the recipe.
 
@@ -139,6 +140,8 @@ def make_plan(
         Settings.
     groups : sequence of sequences of str, optional
         Modules that share a dictionary, each group in model order; by default neighbouring layers as the recipe says.
+    ratios : mapping, optional
+        Removed share by module name, in place of the recipe's; overrides still win.
 
     Raises
     ------
@@ -156,11 +159,16 @@ def make_plan(
     for target in targets:
         if target.name not in planned:
             members = [by_name[name] for name in grouped.get(target.name, (target.name,))]
-            planned |= _plan_group(members, recipe)
+            own = None if ratios is None else ratios.get(target.name)
+            planned |= _plan_group(members, recipe, own)
     modules = tuple(p for t in targets if isinstance(p := planned[t.name], ModulePlan))
     dense = [p for t in targets if isinstance(p := planned[t.name], Skipped)]
     if not modules:
-        raise InputError("nothing to compress: every target stays dense under these settings")
+        reason = dense[0].reason if dense else "no target"
+        raise InputError(
+            f"nothing to compress: every target stays dense under these settings; the first, "
+            f"{dense[0].name if dense else '-'}: {reason}"
+        )
     return Plan(modules, (*skipped, *dense))
 
 
@@ -197,7 +205,7 @@ def sharing_runs(targets: Sequence[TargetLinear], recipe: Recipe) -> list[list[s
         target
         for target in targets
         if any(re.fullmatch(pattern, target.name) for pattern in recipe.group_targets)
-        and not _settings(target.name, recipe)[2]
+        and not module_settings(target.name, recipe)[2]
     ]
     if not found:
         raise InputError(
@@ -205,14 +213,16 @@ def sharing_runs(targets: Sequence[TargetLinear], recipe: Recipe) -> list[list[s
         )
     runs: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for target in found:
-        key = (target.projection, target.d_in, _settings(target.name, recipe))
+        key = (target.projection, target.d_in, module_settings(target.name, recipe))
         runs[key].append(target.name)
     return list(runs.values())
 
 
-def _plan_group(members: Sequence[TargetLinear], recipe: Recipe) -> dict[str, ModulePlan | Skipped]:
+def _plan_group(
+    members: Sequence[TargetLinear], recipe: Recipe, own_ratio: float | None
+) -> dict[str, ModulePlan | Skipped]:
     first = members[0]
-    ratio, k_over_s, is_dense = _settings(first.name, recipe)
+    ratio, k_over_s, is_dense = module_settings(first.name, recipe, own_ratio)
 
     def skip(reason: str) -> dict[str, ModulePlan | Skipped]:
         return {m.name: Skipped(m.name, (m.d_out, m.d_in), reason) for m in members}
@@ -271,8 +281,12 @@ def storage_widths(types: StorageTypes) -> StorageWidths:
     )
 
 
-def _settings(name: str, recipe: Recipe) -> tuple[float, float, bool]:
-    ratio, k_over_s, is_dense = recipe.ratio, recipe.k_over_s, False
+def module_settings(
+    name: str, recipe: Recipe, own_ratio: float | None = None
+) -> tuple[float, float, bool]:
+    """Ratio, K / s, and whether it stays dense, of one module: the recipe's, or those of the last override."""
+    ratio = recipe.ratio if own_ratio is None else own_ratio
+    k_over_s, is_dense = recipe.k_over_s, False
     for override in recipe.overrides:
         if _matches(override, name):
             ratio = override.ratio if override.ratio is not None else ratio

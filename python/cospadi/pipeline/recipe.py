@@ -26,6 +26,10 @@ RECIPE_VERSION = 1
 
 Grouping = Literal["position", "similarity"]
 
+OutputMetricKind = Literal["none", "fisher"]
+
+Allocation = Literal["uniform", "loss"]
+
 SHARED_PROJECTIONS = (
     r".*\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|gate_proj|up_proj|gate_up_proj|c_fc|fc1)",
 )
@@ -67,6 +71,16 @@ class Recipe:
         Atoms of the method ``cospadi``: learned ones, the inputs themselves, or both.
     learned_share : float
         Part of the budget that an augmented dictionary spends on learned atoms.
+    allocation : {"uniform", "loss"}
+        Every linear loses the same share, or shares are chosen so that the measured loss of the model is least
+        (`cospadi.pipeline.allocation`; dictionaries with identity atoms only).
+    allocation_reach : float
+        How far a linear's share may lie from `ratio`.
+    output_metric : {"none", "fisher"}
+        How errors of different outputs of a layer count: alike, or by what they do to the model's prediction
+        (`cospadi.learn.output_metric`; dictionaries with identity atoms only).
+    backward_samples : int
+        Calibration windows that are also run backwards, for the output metric and for the allocation.
     solver, iterations, power_iterations, update, init, block_size, sweeps, unused, tolerance, coding_batch,
     first_penalty, penalty_growth
         See `cospadi.learn.options.LearnOptions`.
@@ -121,6 +135,10 @@ class Recipe:
     k_over_s: float = 2.0
     dictionary: DictionaryKind = "learned"
     learned_share: float = 0.1
+    allocation: Allocation = "uniform"
+    allocation_reach: float = 0.4
+    output_metric: OutputMetricKind = "none"
+    backward_samples: int = 32
     solver: Solver = "auto"
     iterations: int = 8
     power_iterations: int = 1
@@ -165,6 +183,8 @@ class Recipe:
             ("dictionary", DictionaryKind),
             ("group_objective", GroupObjective),
             ("grouping", Grouping),
+            ("output_metric", OutputMetricKind),
+            ("allocation", Allocation),
         ):
             _check_choice(name, getattr(self, name), get_args(kind))
         if not 0.0 < self.learned_share < 1.0:
@@ -174,7 +194,7 @@ class Recipe:
         for name in ("refit", "measure_on_calibration", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        for name in ("samples", "sequence_length", "batch_size", "group_size"):
+        for name in ("samples", "sequence_length", "batch_size", "group_size", "backward_samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -193,8 +213,9 @@ class Recipe:
                 _check_pattern(name, pattern)
         for override in self.overrides:
             _check_pattern("overrides.match", override.match)
-            if override.ratio is not None:
-                check_ratio(override.ratio)
+            _check_override(override)
+        if self.max_gram_gb is not None and not self.max_gram_gb > 0.0:
+            raise InputError(f"max_gram_gb: expected more than 0, got {self.max_gram_gb!r}")
         self._check_combinations()
         self.learn_options()  # checks the rest
 
@@ -215,6 +236,24 @@ class Recipe:
         if self.dictionary != "learned" and self.method != "cospadi":
             raise InputError(
                 f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
+            )
+        for name, value, off in (
+            ("output_metric", self.output_metric, "none"),
+            ("allocation", self.allocation, "uniform"),
+        ):
+            if value == off:
+                continue
+            if self.dictionary == "learned":
+                raise InputError(
+                    f"{name}: {value} needs identity atoms: --dictionary augmented or identity"
+                )
+            if self.calibration == NO_CALIBRATION:
+                raise InputError(f"{name}: {value} needs calibration text")
+        if self.allocation != "uniform" and (self.group_size > 1 or self.sequential):
+            raise InputError("allocation: loss works without groups and without sequential")
+        if not 0.0 < self.allocation_reach <= 1.0:
+            raise InputError(
+                f"allocation_reach: expected a share above 0 and up to 1, got {self.allocation_reach!r}"
             )
         types = self.storage_types()
         if method.form == "rounded" and types.coeffs not in INTEGER_BITS:
@@ -283,7 +322,10 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
         if key in values:
             values[key] = _string_tuple(values[key], f"{source}: {key}")
     if "overrides" in values:
-        values["overrides"] = tuple(_override(o, source) for o in values["overrides"] or ())
+        entries = values["overrides"] or ()
+        if not isinstance(entries, (list, tuple)):
+            raise InputError(f"{source}: overrides: expected a list of entries, got {entries!r}")
+        values["overrides"] = tuple(_override(entry, source) for entry in entries)
     for key, value in values.items():
         values[key] = _coerce(key, value, known[key].type, source)
     try:
@@ -326,6 +368,26 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_override(override: Override) -> None:
+    where = f"overrides, {override.match!r}"
+    if not isinstance(override.dense, bool):
+        raise InputError(f"{where}: dense: expected true or false, got {override.dense!r}")
+    for name in ("ratio", "k_over_s"):
+        value = getattr(override, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError(f"{where}: {name}: expected a number, got {value!r}")
+    if override.ratio is not None:
+        check_ratio(override.ratio)
+    if override.k_over_s is not None and not 1.0 <= override.k_over_s < float("inf"):
+        raise InputError(
+            f"{where}: k_over_s: expected a number of at least 1, got {override.k_over_s!r}"
+        )
+    if override.dense and (override.ratio is not None or override.k_over_s is not None):
+        raise InputError(f"{where}: a layer that stays dense has no ratio and no k_over_s")
+    if not override.dense and override.ratio is None and override.k_over_s is None:
+        raise InputError(f"{where}: sets nothing: give ratio, k_over_s or dense")
 
 
 def _check_pattern(name: str, pattern: object) -> None:

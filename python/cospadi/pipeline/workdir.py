@@ -152,6 +152,41 @@ class WorkDir:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
 
+    def store_record(self, kind: str, name: str, data: Mapping[str, Any]) -> None:
+        """Keep an intermediate result of this run, plain data, under a kind (a folder) and a module name."""
+        folder = self.path / kind
+        folder.mkdir(exist_ok=True)
+        record = {"fingerprint": self.fingerprint, "data": dict(data)}
+        write_atomic(folder / f"{name}.json", json.dumps(record).encode())
+
+    def load_record(self, kind: str, name: str) -> dict[str, Any] | None:
+        """What `store_record` kept; None if it is missing, damaged or of a run with other settings."""
+        try:
+            record = json.loads((self.path / kind / f"{name}.json").read_text())
+            return dict(record["data"]) if record["fingerprint"] == self.fingerprint else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def store_tensor(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        """Keep an intermediate tensor of this run, see `store_record`."""
+        folder = self.path / kind
+        folder.mkdir(exist_ok=True)
+        data = save_tensors({"tensor": tensor.contiguous()})
+        write_atomic(folder / f"{name}.safetensors", data)
+        self.store_record(kind, name, {"sha256": hashlib.sha256(data).hexdigest()})
+
+    def load_tensor(self, kind: str, name: str) -> torch.Tensor | None:
+        """What `store_tensor` kept; None if it is missing, damaged or of a run with other settings."""
+        record = self.load_record(kind, name)
+        try:
+            data = (self.path / kind / f"{name}.safetensors").read_bytes()
+            if record is None or hashlib.sha256(data).hexdigest() != record["sha256"]:
+                return None
+            tensors: dict[str, torch.Tensor] = load_tensors(data)
+            return tensors["tensor"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
     def remove(self) -> None:
         """Delete the directory after the checkpoint was written, or when nothing in it is worth keeping."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,243 @@
+"""Fisher information of layer outputs: what an error of an output costs the model's prediction.
+
+For a layer ``y = x W`` and a change ``dW`` of its weight, the Kullback-Leibler divergence of the changed model's next
+token from the original's is, to second order and with the usual factorisation (K-FAC: Martens and Grosse, arXiv
+1503.05671), per token::
+
+    1/2 trace(F dW G dW^T)        dW [d_out, d_in],  G = mean x x^T,  F = mean g g^T,
+
+g being the gradient of the summed loss with respect to y, for labels drawn from the model itself (the true Fisher: no
+label of the text enters). The activation Gram alone takes F to be the identity; F knows in addition which outputs, and
+which mixtures of them, later layers listen to.
+
+The factorisation takes inputs and gradients for independent. Where a few tokens carry most of the gradient they are
+not: values of attention sinks (the first token of a text) are read by every later token, their inputs look like no
+other's, and both averages are dominated by the wrong tokens (value projections of SmolLM2-135M: 40 to 500 of 20,000
+tokens have as much gradient as would be even; all others a quarter of them or more). For such layers the two factors
+are the first step of the power iteration towards the best Kronecker approximation instead: ``mean |g|^2 x x^T`` and
+``mean (x^T G x) g g^T`` (Tseng et al., arXiv 2505.22988, iterate on whole sequences).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.calibration.backward import BATCH_TOKENS, GradientObserver, run_backwards
+from cospadi.calibration.cache import GramCache, gram_fingerprint
+from cospadi.calibration.capture import InputGroup
+from cospadi.calibration.statistics import ActivationGram, Progress, plan_passes
+from cospadi.errors import CheckpointError
+from cospadi.model.discover import TargetLinear
+
+CONCENTRATED = 0.1
+"""A gradient is concentrated where less than this share of the tokens, if they were even, would have as much of it."""
+
+
+@dataclass(eq=False)
+class FisherPass:
+    """Result of one pass over the tokens.
+
+    Attributes
+    ----------
+    index, n_passes
+        Number of this pass (from 0) and of all passes.
+    matrices
+        ``F [d_out, d_out]`` float32 by module name: sum of ``g g^T`` over all tokens that reached the module, divided
+        by `n_tokens`; with weights ``x^T G x`` of mean one where the gradient is concentrated.
+    weighted_grams
+        ``[d_in, d_in]`` float32 sum of ``|g|^2 x x^T`` divided by `n_tokens`, of the modules where it is.
+    n_tokens
+        Tokens of the pass.
+    seconds
+        Duration.
+    """
+
+    index: int
+    n_passes: int
+    matrices: dict[str, Tensor]
+    weighted_grams: dict[str, Tensor]
+    n_tokens: int
+    seconds: float
+
+
+def collect_fisher(
+    model: nn.Module,
+    targets: Sequence[TargetLinear],
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[FisherPass]:
+    """Run tokens forwards and backwards through the model and collect the Fisher matrices of the targets' outputs.
+
+    Parameters
+    ----------
+    model
+        Causal language model with frozen parameters.
+    targets
+        Layers whose outputs are wanted.
+    ids
+        Token ids [n_samples, length], integer.
+    seed
+        Of the labels drawn from the model.
+    max_bytes
+        Bound on the matrices held at a time; above it the tokens are streamed several times. None means one pass.
+    progress
+        Called with (finished batches, all batches of all passes).
+
+    Yields
+    ------
+    FisherPass
+        Together they name every target once; a target that no token reached has a zero matrix.
+
+    Raises
+    ------
+    InputError
+        A gradient is not finite (names the module), ids do not fit the model, or one matrix exceeds `max_bytes`.
+    """
+    if not targets:
+        return
+    # the planner counts fp64
+    passes = plan_passes([_group(t) for t in targets], None if max_bytes is None else 2 * max_bytes)
+
+    def offset(index: int) -> Progress | None:
+        if progress is None:
+            return None
+        return lambda done, total: progress(index * total + done, len(passes) * total)
+
+    for index, part in enumerate(passes):
+        started = time.perf_counter()
+        found = {group.key: _Accumulator(group.d_in) for group in part}
+        observers: dict[str, GradientObserver] = {n: item.observe for n, item in found.items()}
+        run_backwards(model, observers, ids, seed=seed, progress=offset(index))
+        n_tokens = ids.numel()
+        yield FisherPass(
+            index,
+            len(passes),
+            {name: item.matrix.div_(n_tokens) for name, item in found.items()},
+            {n: item.gram.div_(n_tokens) for n, item in found.items() if item.gram is not None},
+            n_tokens,
+            time.perf_counter() - started,
+        )
+        del found, observers
+
+
+class _Accumulator:
+    """Sums over the tokens of one module; the first batch decides whether its gradient is concentrated."""
+
+    def __init__(self, d_out: int) -> None:
+        self.matrix = torch.zeros((d_out, d_out), dtype=torch.float32)
+        self.gram: Tensor | None = None
+        self._started = False
+
+    def observe(self, rows: Tensor, gradient: Tensor) -> None:
+        """Add a batch: inputs ``[tokens, d_in]`` and gradients ``[tokens, d_out]``."""
+        rows, gradient = rows.float().cpu(), gradient.cpu()
+        energies = gradient.square().sum(1)
+        if not self._started:
+            self._started = True
+            even = float(energies.sum() ** 2 / energies.square().sum().clamp_min(1e-38))
+            if even < CONCENTRATED * rows.shape[0]:
+                self.gram = torch.zeros((rows.shape[1], rows.shape[1]), dtype=torch.float32)
+        if self.gram is None:
+            self.matrix.addmm_(gradient.T, gradient)
+            return
+        self.gram.addmm_((rows * energies[:, None]).T, rows)
+        typical = ((rows @ (rows.T @ rows)) * rows).sum(1)
+        typical /= typical.mean().clamp_min(1e-38)
+        self.matrix.addmm_((gradient * typical[:, None]).T, gradient)
+
+
+class FisherStore:
+    """Fisher matrices of one model and token sample on disk, made once and read one by one.
+
+    Parameters
+    ----------
+    folder
+        Made if absent; may be that of the Gram cache.
+    model, ids
+        As for `collect_fisher`.
+    weights
+        What identifies the model's weights: ``SourceModel.fingerprint``.
+    seed
+        Of the labels.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, ids: Tensor, *, weights: str, seed: int
+    ) -> None:
+        self._model, self._ids, self._seed = model, ids, seed
+        fingerprint = gram_fingerprint(model, ids, weights=weights, batch_size=BATCH_TOKENS)
+        self._cache = GramCache(folder, f"fisher {seed} {fingerprint}")
+
+    def prepare(
+        self,
+        targets: Sequence[TargetLinear],
+        *,
+        max_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> float:
+        """Collect and store what is missing; returns the seconds it took. Errors as `collect_fisher`, and OSError."""
+        missing = [target for target in targets if not self._readable(target)]
+        seconds = 0.0
+        for finished in collect_fisher(
+            self._model,
+            missing,
+            self._ids,
+            seed=self._seed,
+            max_bytes=max_bytes,
+            progress=progress,
+        ):
+            seconds += finished.seconds
+            for name in list(finished.matrices):
+                # the weighted Gram first: where the Fisher matrix is, both are
+                if name in finished.weighted_grams:
+                    gram = finished.weighted_grams.pop(name).double()
+                    key = _weighted_key(name)
+                    self._cache.write(ActivationGram(gram, finished.n_tokens, 0, [key]))
+                matrix = finished.matrices.pop(name).double()
+                self._cache.write(ActivationGram(matrix, finished.n_tokens, 0, [name]))
+        return seconds
+
+    def load(self, target: TargetLinear) -> Tensor:
+        """``F [d_out, d_out]`` float64 of a prepared target; `CheckpointError` if its file is damaged."""
+        return self._cache.read(_group(target), torch.device("cpu")).gram
+
+    def load_weighted_gram(self, target: TargetLinear) -> Tensor | None:
+        """``[d_in, d_in]`` float64 Gram weighted by the gradient, of a target where that is concentrated, else None."""
+        key = _weighted_key(target.name)
+        group = InputGroup(key, (key,), target.d_in, target.block)
+        if not self._cache.holds(group):
+            return None
+        return self._cache.read(group, torch.device("cpu")).gram
+
+    def _readable(self, target: TargetLinear) -> bool:
+        if not self._cache.holds(_group(target)):
+            return False
+        try:
+            self.load(target)
+            self.load_weighted_gram(target)
+        except CheckpointError:
+            return False
+        return True
+
+
+def _group(target: TargetLinear) -> InputGroup:
+    """The target's output in the shape that the Gram cache and the planner of passes know."""
+    return InputGroup(target.name, (target.name,), target.d_out, target.block)
+
+
+def _weighted_key(name: str) -> str:
+    return f"{name} weighted input"

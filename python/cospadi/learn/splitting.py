@@ -1,0 +1,266 @@
+"""One weight's codes while supports are sought: a solution over all atoms and a sparse one, drawn together.
+
+The alternating direction method of multipliers of `cospadi.learn.coding.admm`, over the d_in identity atoms and K
+learned ones, in the metric of the inputs and, where there is one, of the outputs. In unit-norm atoms Psi (rows,
+whitened), signals Y and scaled multipliers, a step solves ``min ||Y - X Psi||^2 + p ||X - V||^2``:
+
+* without an output metric every row of X is a ridge problem with one Gram for all: a Cholesky factorisation;
+* with one, B, the rows are coupled: ``B X Psi Psi^T + p X = B Y Psi^T + p V``. In the eigenvectors of B they come
+  apart into ridge problems with the penalty ``p / mu``. One factorisation per eigenvalue would be too many: eigenvalues
+  within a factor of two are replaced by their mean, which is the same problem for a B as good as the estimated one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cospadi.errors import FitError
+from cospadi.learn.coding import CodingProblem
+from cospadi.learn.coding.iterative import ridged_factor
+from cospadi.learn.coding.problem import support_mask
+from cospadi.learn.member import Member
+from cospadi.learn.mod import RELATIVE_RIDGE, relative_ridge
+from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.refit import solve_on_support, solve_on_support_jointly
+from cospadi.learn.result import FloatFactor, top_support
+
+LEVEL_RATIO = 2.0
+"""Eigenvalues of an output metric within this factor count as one."""
+
+
+class Split:
+    """Codes of one member in the two forms of the splitting, for the unit-norm atoms of its metric.
+
+    With an output metric everything is scaled to its unit diagonal, which no row's support depends on.
+
+    Parameters
+    ----------
+    member : Member
+        Weight and metrics.
+    dictionary : torch.Tensor
+        ``[d_in, K]`` learned atoms to start from, K >= 0.
+
+    Attributes
+    ----------
+    sparse : torch.Tensor
+        ``[d_out, d_in + K]`` float32; dense before the first step.
+    dual : torch.Tensor
+        Scaled multipliers, same shape.
+    indices, mask : torch.Tensor
+        Support of `sparse`.
+    """
+
+    def __init__(self, member: Member, dictionary: torch.Tensor) -> None:
+        self.member = member
+        self.d_in = member.weight.shape[1]
+        self.outputs = None if member.output is None else _unit_outputs(member.output)
+        self.signals = member.signals.float()
+        if self.outputs is not None:
+            self.signals = self.signals * self.outputs.weights[:, None]
+        self.rotated_signals = self._rotate(self.signals)
+        weight = member.weight.float()
+        if self.outputs is not None:
+            weight = weight * self.outputs.weights[:, None]
+        self.rotated_weight = self._rotate(weight)
+        self.identity = _identity_atoms(member, self.signals, self.rotated_signals)
+        self.dictionary = dictionary
+        self._place_atoms()
+        self.sparse = self._start()
+        self.dual = torch.zeros_like(self.sparse)
+        self.rotated_dual = torch.zeros_like(self.sparse)
+        self.rotated_sparse = self._rotate(self.sparse)
+        self.indices = torch.zeros((0, 0), dtype=torch.int32)
+        self.mask = torch.zeros_like(self.sparse)
+
+    def step(self, penalty: float, sparsity: int) -> bool:
+        """One step of the splitting; whether a support moved."""
+        solution = self._solve(penalty)
+        self.dual += solution if self.outputs is None else self.outputs.vectors @ solution
+        self.indices = top_support(self.dual.abs(), sparsity)
+        before, self.mask = self.mask, support_mask(self.indices, self.problem.n_atoms)
+        self.sparse = self.dual * self.mask
+        self.dual -= self.sparse
+        if self.outputs is not None:
+            # the sum of both is known in rotated form without another product
+            both = self.rotated_dual + solution
+            self.rotated_sparse = self._rotate(self.sparse)
+            self.rotated_dual = both - self.rotated_sparse
+        return not torch.equal(before, self.mask)
+
+    def relax(self, growth: float) -> None:
+        """Rescale the multipliers to a penalty that is `growth` times as large."""
+        self.dual /= growth
+        if self.outputs is not None:
+            self.rotated_dual /= growth
+
+    def update_dictionary(self) -> None:
+        """Move the learned atoms to their least-squares place for the sparse code, to unit norm.
+
+        The normal equations of `cospadi.learn.shared_dictionary` for one member, in float32: the atoms move again in
+        the next step. As there, they are solved for the change, with a small ridge.
+        """
+        code = (self.sparse if self.outputs is None else self.rotated_sparse) / self.problem.lengths
+        learned = code[:, self.d_in :]
+        present = self.dictionary.T.float()
+        weighed = learned if self.outputs is None else self.outputs.values[:, None] * learned
+        gram = (weighed.T @ learned).double()
+        rest = self.rotated_weight - code[:, : self.d_in] - learned @ present
+        right = (weighed.T @ rest).double()
+        gram.diagonal().add_(relative_ridge(gram, RELATIVE_RIDGE))
+        lower, info = torch.linalg.cholesky_ex(gram)
+        if int(info) != 0:
+            raise FitError("the learned atoms have no solution: the code is not finite")
+        columns = self.dictionary + torch.cholesky_solve(right, lower).T
+        norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        before = self.problem.lengths[self.d_in :]
+        self.dictionary = columns / norms
+        self._place_atoms()
+        self._rescale(norms.float() * self.problem.lengths[self.d_in :] / before)
+
+    def _rescale(self, factors: torch.Tensor) -> None:
+        """Coefficients of learned atoms whose length changed."""
+        self.sparse[:, self.d_in :] *= factors
+        if self.outputs is not None:
+            self.rotated_sparse[:, self.d_in :] *= factors
+
+    def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.outputs is None else self.outputs.vectors.T @ rows
+
+    def refit(self, steps: int) -> None:
+        """Move the sparse code towards least squares on its support."""
+        gram, correlations = self.problem.gram, self.problem.correlations
+        if self.outputs is None:
+            self.sparse = solve_on_support(gram, correlations, self.mask, self.sparse, steps=steps)
+        else:
+            self.sparse = solve_on_support_jointly(
+                gram, self.outputs.matrix, correlations, self.mask, self.sparse, steps=steps
+            )
+
+    def factor(self) -> FloatFactor:
+        """The sparse code as a factor of the weight."""
+        code = (self.sparse / self.problem.lengths).gather(1, self.indices.long())
+        if self.outputs is not None:
+            code = code / self.outputs.weights[:, None]
+        return FloatFactor(self.dictionary, self.indices, code, self.d_in)
+
+    def take(self, factor: FloatFactor) -> None:
+        """Go on with moved atoms and the coefficients that belong to them."""
+        self.dictionary = factor.dictionary
+        self._place_atoms()
+        self.sparse = self._scaled(factor.code().float())
+        self.rotated_sparse = self._rotate(self.sparse)
+
+    def _scaled(self, code: torch.Tensor) -> torch.Tensor:
+        """Coefficients of the unit-norm atoms and the scaled outputs."""
+        code = code * self.problem.lengths
+        return code if self.outputs is None else code * self.outputs.weights[:, None]
+
+    def _solve(self, penalty: float) -> torch.Tensor:
+        """The code over all atoms, rotated where there is an output metric."""
+        if self.outputs is None:
+            lower = ridged_factor(self.problem.gram, penalty)
+            right = self.problem.correlations + penalty * (self.sparse - self.dual)
+            return torch.cholesky_solve(right.T, lower).T
+        right = self.rotated_sparse - self.rotated_dual
+        for value, rows in self.outputs.levels:
+            ridge = penalty / value
+            lower = ridged_factor(self.problem.gram, ridge)
+            part = self.rotated[rows] + ridge * right[rows]
+            right[rows] = torch.cholesky_solve(part.T, lower).T
+        return right
+
+    def _place_atoms(self) -> None:
+        """Products of the unit-norm atoms with one another and with the signals."""
+        fixed = self.identity
+        gram, correlations, lengths = fixed.gram, fixed.correlations, fixed.lengths
+        rotated = fixed.rotated
+        if self.dictionary.shape[1]:
+            rows, own_lengths = _unit_rows(
+                self.member.whitening.whiten_atoms(self.dictionary).float()
+            )
+            cross, own = rows @ fixed.unit.T, rows @ rows.T
+            gram = torch.cat([torch.cat([gram, cross.T], 1), torch.cat([cross, own], 1)])
+            gram.diagonal().fill_(1.0)
+            correlations = torch.cat([correlations, self.signals @ rows.T], 1)
+            rotated = torch.cat([rotated, self.rotated_signals @ rows.T], 1)
+            lengths = torch.cat([lengths, own_lengths])
+        self.problem = CodingProblem(gram, correlations, lengths)
+        self.rotated = rotated
+
+    def _start(self) -> torch.Tensor:
+        """Least squares over the learned atoms, and the exact remainder."""
+        remainder = self.member.weight.double()
+        if not self.dictionary.shape[1]:
+            return self._scaled(remainder.float())
+        learned = self.member.whitening.whiten_atoms(self.dictionary)
+        part = torch.linalg.lstsq(learned.T, self.member.signals.T).solution.T
+        everything = torch.cat([remainder - part @ self.dictionary.T, part], 1)
+        return self._scaled(everything.float())
+
+
+@dataclass
+class _Identity:
+    """What never changes: the identity atoms of one metric at unit norm, with their products."""
+
+    unit: torch.Tensor
+    lengths: torch.Tensor
+    gram: torch.Tensor
+    correlations: torch.Tensor
+    rotated: torch.Tensor
+
+
+@dataclass
+class _UnitOutputs:
+    """An output metric at unit diagonal, ``weights`` times it from both sides; float32.
+
+    ``levels`` are the rounded eigenvalues with the columns of ``vectors`` that they belong to, ``values`` the same as a
+    vector.
+    """
+
+    weights: torch.Tensor
+    matrix: torch.Tensor
+    vectors: torch.Tensor
+    values: torch.Tensor
+    levels: list[tuple[float, slice]]
+
+
+def _unit_outputs(metric: OutputMetric) -> _UnitOutputs:
+    weights = metric.matrix.diagonal().sqrt()
+    matrix = metric.matrix / weights[:, None] / weights
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError as error:
+        raise FitError(f"the eigendecomposition of an output metric failed: {error}") from error
+    levels = _levels(values)
+    for value, rows in levels:
+        values[rows] = value
+    return _UnitOutputs(weights.float(), matrix.float(), vectors.float(), values.float(), levels)
+
+
+def _levels(values: torch.Tensor) -> list[tuple[float, slice]]:
+    """Ascending positive eigenvalues in runs of a factor `LEVEL_RATIO`, each with its mean."""
+    levels, start = [], 0
+    while start < values.numel():
+        reach = float(values[start]) * LEVEL_RATIO
+        stop = int(torch.searchsorted(values, reach, right=True))
+        levels.append((float(values[start:stop].mean()), slice(start, stop)))
+        start = stop
+    return levels
+
+
+def _identity_atoms(
+    member: Member, signals: torch.Tensor, rotated_signals: torch.Tensor
+) -> _Identity:
+    unit, lengths = _unit_rows(member.whitening.factor.T.float())
+    gram = unit @ unit.T
+    gram.diagonal().fill_(1.0)
+    return _Identity(unit, lengths, gram, signals @ unit.T, rotated_signals @ unit.T)
+
+
+def _unit_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows at unit norm and their norms; a zero row stays zero with norm one."""
+    lengths = rows.norm(dim=1)
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return rows / lengths[:, None], lengths

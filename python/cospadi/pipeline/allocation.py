@@ -1,0 +1,214 @@
+"""The byte budget over the linears of a model, from what each linear's errors do to the model's prediction.
+
+Every linear is fitted coarsely at a few ratios, and one backward pass measures what each of these changes would cost
+(`cospadi.calibration.probe`). Loss over ratio is the linear's curve, and `cospadi.learn.allocation` divides the budget.
+The work directory keeps changes and curves as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cospadi.calibration.fisher import FisherStore
+from cospadi.calibration.probe import measure_losses
+from cospadi.errors import FitError
+from cospadi.learn.allocation import LossCurve, allocate
+from cospadi.learn.fit import FitInput, FitSettings, fit
+from cospadi.learn.methods import factor_size
+from cospadi.learn.whitening import WhiteningError, whiten_gram
+from cospadi.model.discover import TargetLinear, weight_of
+from cospadi.pipeline.grams import GramSource
+from cospadi.pipeline.plan import module_settings, storage_widths
+from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.sensitivity import fisher_metrics
+from cospadi.pipeline.workdir import WorkDir
+
+CURVE_OFFSETS = (-0.1, 0.2)
+"""Ratios of the coarse fits, relative to the recipe's."""
+
+COARSE_START, COARSE_GROWTH = 0.03, 1.6
+"""First penalty and its growth in coarse fits, which take a fifth of the steps of a fine one."""
+
+LOWEST, HIGHEST = 0.05, 0.9
+"""Bounds of any linear's ratio."""
+
+PROBE_BYTES = 4 << 30
+"""Most bytes of changes (bfloat16) measured in one backward pass."""
+
+
+def allocate_ratios(
+    grams: GramSource,
+    fisher: FisherStore | None,
+    targets: Sequence[TargetLinear],
+    work: WorkDir,
+) -> dict[str, float]:
+    """Removed share of every target for the recipe's ratio, by measured loss.
+
+    Parameters
+    ----------
+    grams : GramSource
+        Activations; needs a folder, so that the fits need not collect them again.
+    fisher : FisherStore or None
+        Prepared for all targets, where the fits use an output metric.
+    targets : sequence of TargetLinear
+        All targets; those that an override sets apart keep the override's ratio and do not take part.
+    work : WorkDir
+        Keeps changes and curves.
+    """
+    start = time.perf_counter()
+    recipe = grams.recipe
+    plain = module_settings("", dataclasses.replace(recipe, overrides=()))
+    taking_part = [t for t in targets if module_settings(t.name, recipe) == plain]
+    curves = _curves(grams, fisher, taking_part, work)
+    taking_part = [t for t in taking_part if t.name in curves]
+    if not taking_part:
+        return {}
+    shares = allocate(
+        [curves[t.name] for t in taking_part],
+        [float(t.d_in * t.d_out) for t in taking_part],
+        recipe.ratio,
+        lowest=max(LOWEST, recipe.ratio - recipe.allocation_reach),
+        highest=min(HIGHEST, recipe.ratio + recipe.allocation_reach),
+    )
+    ratios = {target.name: share for target, share in zip(taking_part, shares, strict=True)}
+    grams.log.emit(
+        "allocated",
+        ratios={name: round(share, 4) for name, share in ratios.items()},
+        curves={
+            name: {"ratios": list(curve.ratios), "losses": list(curve.losses)}
+            for name, curve in curves.items()
+        },
+        predicted_loss=sum(curves[name].at(share) for name, share in ratios.items()),
+        predicted_uniform=sum(curves[name].at(recipe.ratio) for name in ratios),
+        seconds=round(time.perf_counter() - start, 2),
+    )
+    return ratios
+
+
+def curve_ratios(ratio: float) -> tuple[float, ...]:
+    """Ratios of the coarse fits for a wanted ratio of the model."""
+    return tuple(
+        sorted({round(min(max(ratio + offset, LOWEST), HIGHEST), 4) for offset in CURVE_OFFSETS})
+    )
+
+
+def _curves(
+    grams: GramSource,
+    fisher: FisherStore | None,
+    targets: Sequence[TargetLinear],
+    work: WorkDir,
+) -> dict[str, LossCurve]:
+    recipe, log = grams.recipe, grams.log
+    curves: dict[str, LossCurve] = {}
+    for target in targets:
+        record = work.load_record("curves", target.name)
+        if record is not None:
+            curves[target.name] = LossCurve(tuple(record["ratios"]), tuple(record["losses"]))
+    pending = [target for target in targets if target.name not in curves]
+    fitted = _coarse_fits(grams, fisher, pending, work)
+    ratios = curve_ratios(recipe.ratio)
+    for part in _by_bytes([target for target in pending if target.name in fitted], len(ratios)):
+        changes = {t.name: _changes(work, t.name, len(ratios)) for t in part}
+        losses = measure_losses(
+            grams.source.model,
+            changes,
+            grams.calibration.ids[: recipe.backward_samples],
+            seed=recipe.seed,
+            progress=lambda done, total: log.progress("backward", done=done, total=total),
+        )
+        for name, values in losses.items():
+            curves[name] = LossCurve(ratios, tuple(values))
+            work.store_record("curves", name, {"ratios": ratios, "losses": values})
+    return curves
+
+
+def _by_bytes(targets: Sequence[TargetLinear], n_changes: int) -> list[list[TargetLinear]]:
+    """Runs of targets whose changes fit in one pass."""
+    parts: list[list[TargetLinear]] = []
+    held = 0
+    for target in targets:
+        size = 2 * n_changes * target.d_in * target.d_out
+        if not parts or held + size > PROBE_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(target)
+        held += size
+    return parts
+
+
+def _coarse_fits(
+    grams: GramSource,
+    fisher: FisherStore | None,
+    targets: Sequence[TargetLinear],
+    work: WorkDir,
+) -> set[str]:
+    """Fit what has no stored changes yet; names of the targets that have them in the end."""
+    n_ratios = len(curve_ratios(grams.recipe.ratio))
+    fitted = {t.name for t in targets if _has_changes(work, t.name, n_ratios)}
+    pending = {target.name: target for target in targets if target.name not in fitted}
+    for finished in grams.collect(list(pending.values())):
+        while finished.grams:
+            item = finished.grams.pop(next(iter(finished.grams)))
+            try:
+                whitening = whiten_gram(item.gram, item.members[0])
+            except WhiteningError:
+                continue  # the fit says so, and keeps them dense
+            for name in item.members:
+                metric, output = whitening, None
+                if fisher is not None:
+                    metric, output = fisher_metrics(fisher, pending[name], item.gram, whitening)
+                weight, _ = weight_of(grams.source.model, pending[name])
+                given = FitInput(name, weight, None, item.gram, metric, output=output)
+                factors = _coarse_factors(given, grams.recipe)
+                if factors is None:
+                    continue
+                for index, change in enumerate(factors):
+                    work.store_tensor("changes", f"{name}.{index}", change)
+                fitted.add(name)
+                grams.log.progress("coarse", module=name, done=len(fitted), total=len(targets))
+    return fitted
+
+
+def _coarse_factors(given: FitInput, recipe: Recipe) -> list[Tensor] | None:
+    """Changes of the weight (bfloat16) by coarse fits; None where a ratio leaves nothing, or a fit fails."""
+    types = recipe.storage_types()
+    options = dataclasses.replace(
+        recipe.learn_options(),
+        first_penalty=max(COARSE_START, recipe.first_penalty),
+        penalty_growth=max(COARSE_GROWTH, recipe.penalty_growth),
+        sweeps=1,
+    )
+    changes = []
+    for ratio in curve_ratios(recipe.ratio):
+        size = factor_size(
+            recipe.method,
+            given.weight.shape[1],
+            given.weight.shape[0],
+            ratio,
+            convention=recipe.ratio_convention,
+            widths=storage_widths(types),
+            dictionary=recipe.dictionary,
+            learned_share=recipe.learned_share,
+        )
+        if size.sparsity < 1:
+            return None
+        settings = FitSettings(recipe.method, size, types, options, refit=False)
+        try:
+            ((factor, _),) = fit([given], settings)
+        except FitError:
+            return None
+        changes.append((given.weight - factor.dense_weight()).bfloat16())
+    return changes
+
+
+def _has_changes(work: WorkDir, name: str, count: int) -> bool:
+    return all(work.load_tensor("changes", f"{name}.{index}") is not None for index in range(count))
+
+
+def _changes(work: WorkDir, name: str, count: int) -> Sequence[Tensor]:
+    found = [work.load_tensor("changes", f"{name}.{index}") for index in range(count)]
+    return [change for change in found if change is not None]

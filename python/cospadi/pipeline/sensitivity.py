@@ -1,0 +1,80 @@
+"""What the prediction depends on, as fits use it: Fisher matrices made ready, metrics made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cospadi.calibration.fisher import FisherStore
+from cospadi.learn.output_metric import OutputMetric, output_metric
+from cospadi.learn.whitening import Whitening, WhiteningError, whiten_gram
+from cospadi.model.discover import TargetLinear
+from cospadi.pipeline.grams import GramSource
+
+PLAIN_SHARE = 0.5
+"""Share of the plain Gram in a weighted one: the few tokens that carry the weight must not be all there is."""
+
+
+def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: Path) -> FisherStore:
+    """Collect the Fisher matrices of all targets' outputs that `folder` does not hold yet.
+
+    Parameters
+    ----------
+    grams : GramSource
+        Model, calibration windows and recipe.
+    targets : sequence of TargetLinear
+        All targets.
+    folder : Path
+        Keeps the matrices.
+    """
+    recipe, log = grams.recipe, grams.log
+    store = FisherStore(
+        folder,
+        grams.source.model,
+        grams.calibration.ids[: recipe.backward_samples],
+        weights=grams.source.fingerprint,
+        seed=recipe.seed,
+    )
+    limit = recipe.max_gram_gb
+    seconds = store.prepare(
+        targets,
+        max_bytes=None if limit is None else int(limit * 2**30),
+        progress=lambda done, total: log.progress("backward", done=done, total=total),
+    )
+    log.emit("fisher", n_matrices=len(targets), seconds=round(seconds, 2))
+    return store
+
+
+def fisher_metrics(
+    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor, whitening: Whitening
+) -> tuple[Whitening, OutputMetric | None]:
+    """Metrics of a target's inputs and outputs.
+
+    Parameters
+    ----------
+    fisher : FisherStore
+        Prepared for the target.
+    target : TargetLinear
+        Module.
+    gram : torch.Tensor
+        ``[d_in, d_in]`` float64 activation Gram.
+    whitening : Whitening
+        Of it.
+
+    Returns
+    -------
+    (Whitening, OutputMetric or None)
+        The first is that of the activation Gram, except where a few tokens carry the gradient: there they weigh more.
+    """
+    output = output_metric(fisher.load(target), target.name)
+    weighted = fisher.load_weighted_gram(target)
+    if output is None or weighted is None:
+        return whitening, output
+    share = float(gram.diagonal().mean() / weighted.diagonal().mean())
+    mixed = PLAIN_SHARE * gram + (1.0 - PLAIN_SHARE) * share * weighted
+    try:
+        return whiten_gram(mixed, target.name), output
+    except WhiteningError:
+        return whitening, output
