@@ -51,6 +51,14 @@ def test_budget_is_kept_and_not_uniform(job):
     assert 0.35 <= result.ratio["stored"] < 0.40
 
 
+def test_report_says_what_each_got_and_why(job):
+    _, out, _, events = job
+    report = json.loads((out / "cospadi_report.json").read_text())["allocation"]
+    allocated = event_of(events, "allocated")
+    assert report == {key: allocated[key] for key in report}
+    assert set(report) == {"ratios", "curves", "predicted_loss", "predicted_uniform"}
+
+
 def test_shares_reach_no_further_than_asked(tiny_model_dir, tiny_text, tmp_path):
     events = []
     settings = SETTINGS | {"allocation_reach": 0.05, "output_metric": "none"}

@@ -60,6 +60,10 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
             {"allocation": "loss", "dictionary": "augmented", "group_size": 2},
             "allocation: loss works without groups",
         ),
+        (
+            {"allocation": "loss", "dictionary": "augmented", "ratio": 0.95},
+            r"ratio: allocation by loss works from 0\.05 to 0\.9",
+        ),
         ({"allocation_reach": 0.0}, "allocation_reach"),
         ({"backward_samples": 0}, "backward_samples"),
         ({"recipe_version": 99}, "recipe_version"),

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from cospadi.errors import InputError
 
+LOWEST, HIGHEST = 0.05, 0.9
+"""Bounds of any weight's removed share."""
+
 FLOOR = 1e-12
 """Losses below this (nats per token) count as this much: curves are interpolated in their logarithm."""
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.probe import measure_losses
 from cospadi.errors import FitError
-from cospadi.learn.allocation import LossCurve, allocate
+from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve, allocate
 from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.methods import factor_size
 from cospadi.learn.whitening import WhiteningError, whiten_gram
@@ -33,11 +34,40 @@ CURVE_OFFSETS = (-0.1, 0.2)
 COARSE_START, COARSE_GROWTH = 0.03, 1.6
 """First penalty and its growth in coarse fits, which take a fifth of the steps of a fine one."""
 
-LOWEST, HIGHEST = 0.05, 0.9
-"""Bounds of any linear's ratio."""
-
 PROBE_BYTES = 4 << 30
 """Most bytes of changes (bfloat16) measured in one backward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """How the budget was divided, and why.
+
+    Attributes
+    ----------
+    ratios : dict
+        Removed share by module name.
+    curves : dict
+        Measured loss over removed share by module name, nats per token.
+    predicted_loss, predicted_uniform : float
+        Sums of the curves at these shares, and at the recipe's ratio everywhere.
+    """
+
+    ratios: dict[str, float]
+    curves: dict[str, LossCurve]
+    predicted_loss: float
+    predicted_uniform: float
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for the report and the log."""
+        return {
+            "ratios": {name: round(share, 4) for name, share in self.ratios.items()},
+            "curves": {
+                name: {"ratios": list(curve.ratios), "losses": list(curve.losses)}
+                for name, curve in self.curves.items()
+            },
+            "predicted_loss": self.predicted_loss,
+            "predicted_uniform": self.predicted_uniform,
+        }
 
 
 def allocate_ratios(
@@ -45,7 +75,7 @@ def allocate_ratios(
     fisher: FisherStore | None,
     targets: Sequence[TargetLinear],
     work: WorkDir,
-) -> dict[str, float]:
+) -> Allocation | None:
     """Removed share of every target for the recipe's ratio, by measured loss.
 
     Parameters
@@ -58,6 +88,11 @@ def allocate_ratios(
         All targets; those that an override sets apart keep the override's ratio and do not take part.
     work : WorkDir
         Keeps changes and curves.
+
+    Returns
+    -------
+    Allocation or None
+        None if no target takes part.
     """
     start = time.perf_counter()
     recipe = grams.recipe
@@ -66,7 +101,7 @@ def allocate_ratios(
     curves = _curves(grams, fisher, taking_part, work)
     taking_part = [t for t in taking_part if t.name in curves]
     if not taking_part:
-        return {}
+        return None
     shares = allocate(
         [curves[t.name] for t in taking_part],
         [float(t.d_in * t.d_out) for t in taking_part],
@@ -75,18 +110,15 @@ def allocate_ratios(
         highest=min(HIGHEST, recipe.ratio + recipe.allocation_reach),
     )
     ratios = {target.name: share for target, share in zip(taking_part, shares, strict=True)}
-    grams.log.emit(
-        "allocated",
-        ratios={name: round(share, 4) for name, share in ratios.items()},
-        curves={
-            name: {"ratios": list(curve.ratios), "losses": list(curve.losses)}
-            for name, curve in curves.items()
-        },
+    allocation = Allocation(
+        ratios,
+        {name: curves[name] for name in ratios},
         predicted_loss=sum(curves[name].at(share) for name, share in ratios.items()),
         predicted_uniform=sum(curves[name].at(recipe.ratio) for name in ratios),
-        seconds=round(time.perf_counter() - start, 2),
     )
-    return ratios
+    seconds = round(time.perf_counter() - start, 2)
+    grams.log.emit("allocated", **allocation.to_mapping(), seconds=seconds)
+    return allocation
 
 
 def curve_ratios(ratio: float) -> tuple[float, ...]:

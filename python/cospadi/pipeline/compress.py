@@ -19,7 +19,7 @@ from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputEr
 from cospadi.factor import removed_shares
 from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.source import SourceModel, open_source
-from cospadi.pipeline.allocation import allocate_ratios
+from cospadi.pipeline.allocation import Allocation, allocate_ratios
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
@@ -56,6 +56,8 @@ class CompressResult:
         Removed shares of what was written, see `cospadi.factor.removed_shares`.
     dense_bytes, stored_bytes : int
         The compressed linears in bfloat16, and as written.
+    allocation : Allocation or None
+        How the budget was divided; None: evenly.
     """
 
     out_dir: Path
@@ -68,6 +70,7 @@ class CompressResult:
     ratio: dict[str, float]
     dense_bytes: int
     stored_bytes: int
+    allocation: Allocation | None = None
 
     def __repr__(self) -> str:
         """One line: the tables are long."""
@@ -162,7 +165,7 @@ def _run(
     gram_cache: str | Path | None,
     start: float,
 ) -> CompressResult:
-    grams, groups, fisher, ratios = None, None, None, None
+    grams, groups, fisher, allocation = None, None, None, None
     by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
     if calibration is not None:
         # the search for similar layers and the allocation read all Grams, the fits read them again
@@ -175,8 +178,10 @@ def _run(
     if grams is not None and recipe.output_metric == "fisher":
         fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
     if grams is not None and recipe.allocation == "loss":
-        ratios = allocate_ratios(grams, fisher, targets, work)
-    plan = make_plan(targets, skipped, recipe, groups=groups, ratios=ratios)
+        allocation = allocate_ratios(grams, fisher, targets, work)
+    plan = make_plan(
+        targets, skipped, recipe, groups=groups, ratios=allocation.ratios if allocation else None
+    )
     log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
     for note in source.notes:
         log.emit("warning", text=note)
@@ -204,6 +209,7 @@ def _run(
         ratio=removed_shares(factor.spec for factor in job.factors.values()),
         dense_bytes=sum(factor.spec.dense_bits for factor in job.factors.values()) // 8,
         stored_bytes=sum(factor.spec.stored_bytes for factor in job.factors.values()),
+        allocation=allocation,
     )
     write_output(source, job.factors, result, recipe, calibration, versions())
     work.remove()

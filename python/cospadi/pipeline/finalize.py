@@ -67,6 +67,7 @@ def write_output(
             for item in result.dense
         ],
         "failed": list(result.failed),
+        "allocation": None if result.allocation is None else result.allocation.to_mapping(),
     }
     replace_modules(
         source.model,

@@ -14,6 +14,7 @@ import yaml
 
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
+from cospadi.learn.allocation import HIGHEST, LOWEST
 from cospadi.learn.budget import RatioConvention, check_ratio
 from cospadi.learn.coding import Solver
 from cospadi.learn.group import GroupObjective
@@ -251,6 +252,10 @@ class Recipe:
                 raise InputError(f"{name}: {value} needs calibration text")
         if self.allocation != "uniform" and (self.group_size > 1 or self.sequential):
             raise InputError("allocation: loss works without groups and without sequential")
+        if self.allocation != "uniform" and not LOWEST <= self.ratio <= HIGHEST:
+            raise InputError(
+                f"ratio: allocation by loss works from {LOWEST} to {HIGHEST}, got {self.ratio}"
+            )
         if not 0.0 < self.allocation_reach <= 1.0:
             raise InputError(
                 f"allocation_reach: expected a share above 0 and up to 1, got {self.allocation_reach!r}"
