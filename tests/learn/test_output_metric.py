@@ -134,6 +134,8 @@ def test_split_step_solves_its_penalised_problem(monkeypatch, fisher, n_atoms):
     split.step(penalty, 5)
     solution = (split.sparse + split.dual).double()  # the dual was zero
     gram, correlations = split.problem.gram.double(), split.problem.correlations.double()
+    if fisher:
+        correlations = split.outputs.vectors.double() @ correlations
     metric = torch.eye(24).double() if not fisher else split.outputs.matrix.double()
     gradient = metric @ (solution @ gram - correlations) + penalty * (solution - anchor)
     assert float(gradient.abs().max()) < 1e-4 * float(correlations.abs().max())
@@ -181,6 +183,17 @@ def test_fit_in_the_metric_loses_less_of_the_prediction():
     without = fit_augmented([plain], item.whitening, 2, 12, options).factors[0]
     assert item.error(with_metric.dense_weight()) < 0.8 * item.error(without.dense_weight())
     assert plain.error(without.dense_weight()) < plain.error(with_metric.dense_weight())
+
+
+def test_members_with_metrics_of_their_own_share_the_learned_atoms():
+    first, _ = member(48, 32, seed=0)
+    second, _ = member(24, 32, seed=1)
+    errors = {}
+    for n_atoms in (0, 6):
+        fit = fit_augmented([first, second], first.whitening, n_atoms, 10, LearnOptions())
+        assert fit.factors[0].dictionary is fit.factors[1].dictionary
+        errors[n_atoms] = fit.exact_errors[0]
+    assert errors[6] < errors[0]
 
 
 def test_levels_cover_the_spectrum():

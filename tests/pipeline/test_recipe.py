@@ -51,6 +51,10 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
         ({"max_gram_gb": -1}, "max_gram_gb: expected more than 0"),
         ({"storage_dtype": "int8"}, "storage_dtype"),
         ({"output_metric": "fisher"}, "output_metric: fisher needs identity atoms"),
+        (
+            {"output_metric": "fisher", "dictionary": "augmented", "sequential": True},
+            "output_metric: fisher works without sequential",
+        ),
         ({"allocation": "loss"}, "allocation: loss needs identity atoms"),
         (
             {"allocation": "loss", "dictionary": "identity", "calibration": "none"},

@@ -48,7 +48,7 @@ def run_backwards(
     Raises
     ------
     InputError
-        A gradient (names the module) or a logit is not finite, or ids do not fit the model.
+        A gradient (names the module) or a logit is not finite, ids do not fit the model, or it names no embeddings.
     """
     if ids.ndim != 2:
         raise InputError(f"calibration ids must be [n_samples, length], got {list(ids.shape)}")
@@ -84,7 +84,10 @@ def _watched(model: nn.Module, observers: Mapping[str, GradientObserver]) -> Ite
 
         return on_forward
 
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    find = getattr(model, "get_input_embeddings", None)
+    embeddings = find() if callable(find) else None
+    if not isinstance(embeddings, nn.Module):
+        raise InputError(f"{type(model).__name__} names no input embeddings to run backwards to")
     with ExitStack() as stack:
         start = embeddings.register_forward_hook(
             lambda _module, _inputs, output: output.detach().requires_grad_()

@@ -12,10 +12,10 @@ which mixtures of them, later layers listen to.
 
 The factorisation takes inputs and gradients for independent. Where a few tokens carry most of the gradient they are
 not: values of attention sinks (the first token of a text) are read by every later token, their inputs look like no
-other's, and both averages are dominated by the wrong tokens (value projections of SmolLM2-135M: 40 to 500 of 20,000
-tokens have as much gradient as would be even; all others a quarter of them or more). For such layers the two factors
-are the first step of the power iteration towards the best Kronecker approximation instead: ``mean |g|^2 x x^T`` and
-``mean (x^T G x) g g^T`` (Tseng et al., arXiv 2505.22988, iterate on whole sequences).
+other's, and both averages are dominated by the wrong tokens (three value projections of SmolLM2-135M: 40 to 500 of
+20,000 tokens have as much gradient as would be even; the other projections looked at: a quarter of them or more). For
+such layers the two factors are the first step of the power iteration towards the best Kronecker approximation instead:
+``mean |g|^2 x x^T`` and ``mean (x^T G x) g g^T`` (Tseng et al., arXiv 2505.22988, iterate on whole sequences).
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ class PlainListener:
 
     def __init__(self) -> None:
         self._eta = Eta()
-        self._last_calibration = -1
-        self._last_backward = -1
-        self._last_coarse = -1
+        self._last_tenth: dict[str, int] = {}
 
     def __enter__(self) -> PlainListener:
         return self
@@ -95,22 +93,20 @@ class PlainListener:
         typer.echo(f"FAILED, left dense: {event['module']}: {event['reason']}", err=True)
 
     def _on_calibration(self, event: Event) -> None:
-        tenth = 10 * event["done"] // max(1, event["total"])
-        if tenth != self._last_calibration:
-            self._last_calibration = tenth
-            typer.echo(f"calibration: {event['done']} of {event['total']} batches")
+        self._step(event, f"calibration: {event['done']} of {event['total']} batches")
 
     def _on_backward(self, event: Event) -> None:
-        tenth = 10 * event["done"] // max(1, event["total"])
-        if tenth != self._last_backward:
-            self._last_backward = tenth
-            typer.echo(f"backward passes: {event['done']} of {event['total']}")
+        self._step(event, f"backward passes: {event['done']} of {event['total']}")
 
     def _on_coarse(self, event: Event) -> None:
+        self._step(event, f"coarse fits: {event['done']} of {event['total']} linears")
+
+    def _step(self, event: Event, text: str) -> None:
+        """Show progress within a stage, here once per tenth of it."""
         tenth = 10 * event["done"] // max(1, event["total"])
-        if tenth != self._last_coarse:
-            self._last_coarse = tenth
-            typer.echo(f"coarse fits: {event['done']} of {event['total']} linears")
+        if tenth != self._last_tenth.get(event["event"]):
+            self._last_tenth[event["event"]] = tenth
+            typer.echo(text)
 
     def _on_allocated(self, event: Event) -> None:
         typer.echo(describe_allocation(event))
@@ -178,14 +174,8 @@ class LiveListener(PlainListener):
         self._eta.add(event)
         self._print(f"FAILED, left dense: {event['module']}: {event['reason']}")
 
-    def _on_calibration(self, event: Event) -> None:
-        self._status = f"calibration: {event['done']} of {event['total']} batches"
-
-    def _on_backward(self, event: Event) -> None:
-        self._status = f"backward passes: {event['done']} of {event['total']}"
-
-    def _on_coarse(self, event: Event) -> None:
-        self._status = f"coarse fits: {event['done']} of {event['total']} linears"
+    def _step(self, event: Event, text: str) -> None:
+        self._status = text
 
     def _on_allocated(self, event: Event) -> None:
         self._print(describe_allocation(event))

@@ -1,6 +1,6 @@
 """One byte budget over many weights: each gets the size at which a further byte buys as much everywhere.
 
-The loss of a model is taken as the sum of its weights' losses (`cospadi.calibration.fisher` predicts each in nats per
+The loss of a model is taken as the sum of its weights' losses (`cospadi.calibration.probe` measures each in nats per
 token). Then the best sizes under a budget have equal slopes of loss against bits, which on curves of discrete sizes is
 a walk along their lower convex hulls by falling slope (Lagrange multipliers: Everett 1963; Shoham and Gersho 1988).
 """
@@ -94,16 +94,16 @@ def allocate(
         raise InputError(f"allocation: {len(curves)} curves for {len(sizes)} weights")
     count = max(1, round((highest - lowest) / step))
     grid = [lowest + (highest - lowest) * index / count for index in range(count + 1)]
-    moves: list[tuple[float, int, int]] = []
+    moves: list[tuple[float, int]] = []
     for unit, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
         hull = _lower_hull([(share, curve.at(share)) for share in grid])
         for before, after in itertools.pairwise(hull):
             slope = (after[1] - before[1]) / ((after[0] - before[0]) * size)
-            moves += [(slope, unit, 1)] * round((after[0] - before[0]) / (grid[1] - grid[0]))
+            moves += [(slope, unit)] * round((after[0] - before[0]) / (grid[1] - grid[0]))
     # remove where it costs least, one grid step at a time, until enough is removed
     chosen = [0] * len(sizes)
     missing = (ratio - lowest) * sum(sizes)
-    for _, unit, _ in sorted(moves, key=lambda move: move[0]):
+    for _, unit in sorted(moves):
         if missing <= 1e-9 * sum(sizes):
             break
         chosen[unit] += 1

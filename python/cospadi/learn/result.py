@@ -85,6 +85,17 @@ def full_indices(d_out: int, n_atoms: int) -> torch.Tensor:
     return torch.arange(n_atoms, dtype=torch.int32).expand(d_out, n_atoms)
 
 
+def full_identity(weight: torch.Tensor) -> FloatFactor:
+    """``weight [d_out, d_in]`` itself as a factor: identity atoms with full support, no learned ones."""
+    d_out, d_in = weight.shape
+    return FloatFactor(
+        dictionary=torch.zeros((d_in, 0), dtype=torch.float64),
+        indices=full_indices(d_out, d_in),
+        coeffs=weight,
+        n_identity=d_in,
+    )
+
+
 def top_support(scores: torch.Tensor, sparsity: int) -> torch.Tensor:
     """Indices of the ``sparsity`` largest scores of every row, ascending.
 

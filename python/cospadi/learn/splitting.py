@@ -33,7 +33,8 @@ LEVEL_RATIO = 2.0
 class Split:
     """Codes of one member in the two forms of the splitting, for the unit-norm atoms of its metric.
 
-    With an output metric everything is scaled to its unit diagonal, which no row's support depends on.
+    With an output metric everything is scaled to its unit diagonal, which no row's support depends on; `signals`,
+    `weight` and the correlations of `problem` are kept rotated into its eigenvectors.
 
     Parameters
     ----------
@@ -56,15 +57,9 @@ class Split:
         self.member = member
         self.d_in = member.weight.shape[1]
         self.outputs = None if member.output is None else _unit_outputs(member.output)
-        self.signals = member.signals.float()
-        if self.outputs is not None:
-            self.signals = self.signals * self.outputs.weights[:, None]
-        self.rotated_signals = self._rotate(self.signals)
-        weight = member.weight.float()
-        if self.outputs is not None:
-            weight = weight * self.outputs.weights[:, None]
-        self.rotated_weight = self._rotate(weight)
-        self.identity = _identity_atoms(member, self.signals, self.rotated_signals)
+        self.signals = self._rotate(self._weigh(member.signals.float()))
+        self.weight = self._rotate(self._weigh(member.weight.float()))
+        self.identity = _identity_atoms(member, self.signals)
         self.dictionary = dictionary
         self._place_atoms()
         self.sparse = self._start()
@@ -106,7 +101,7 @@ class Split:
         present = self.dictionary.T.float()
         weighed = learned if self.outputs is None else self.outputs.values[:, None] * learned
         gram = (weighed.T @ learned).double()
-        rest = self.rotated_weight - code[:, : self.d_in] - learned @ present
+        rest = self.weight - code[:, : self.d_in] - learned @ present
         right = (weighed.T @ rest).double()
         gram.diagonal().add_(relative_ridge(gram, RELATIVE_RIDGE))
         lower, info = torch.linalg.cholesky_ex(gram)
@@ -125,6 +120,9 @@ class Split:
         if self.outputs is not None:
             self.rotated_sparse[:, self.d_in :] *= factors
 
+    def _weigh(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.outputs is None else rows * self.outputs.weights[:, None]
+
     def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.outputs is None else self.outputs.vectors.T @ rows
 
@@ -134,6 +132,7 @@ class Split:
         if self.outputs is None:
             self.sparse = solve_on_support(gram, correlations, self.mask, self.sparse, steps=steps)
         else:
+            correlations = self.outputs.vectors @ correlations
             self.sparse = solve_on_support_jointly(
                 gram, self.outputs.matrix, correlations, self.mask, self.sparse, steps=steps
             )
@@ -154,8 +153,7 @@ class Split:
 
     def _scaled(self, code: torch.Tensor) -> torch.Tensor:
         """Coefficients of the unit-norm atoms and the scaled outputs."""
-        code = code * self.problem.lengths
-        return code if self.outputs is None else code * self.outputs.weights[:, None]
+        return self._weigh(code * self.problem.lengths)
 
     def _solve(self, penalty: float) -> torch.Tensor:
         """The code over all atoms, rotated where there is an output metric."""
@@ -167,15 +165,14 @@ class Split:
         for value, rows in self.outputs.levels:
             ridge = penalty / value
             lower = ridged_factor(self.problem.gram, ridge)
-            part = self.rotated[rows] + ridge * right[rows]
+            part = self.problem.correlations[rows] + ridge * right[rows]
             right[rows] = torch.cholesky_solve(part.T, lower).T
         return right
 
     def _place_atoms(self) -> None:
-        """Products of the unit-norm atoms with one another and with the signals."""
+        """Products of the unit-norm atoms with one another and with the (rotated) signals."""
         fixed = self.identity
         gram, correlations, lengths = fixed.gram, fixed.correlations, fixed.lengths
-        rotated = fixed.rotated
         if self.dictionary.shape[1]:
             rows, own_lengths = _unit_rows(
                 self.member.whitening.whiten_atoms(self.dictionary).float()
@@ -184,10 +181,8 @@ class Split:
             gram = torch.cat([torch.cat([gram, cross.T], 1), torch.cat([cross, own], 1)])
             gram.diagonal().fill_(1.0)
             correlations = torch.cat([correlations, self.signals @ rows.T], 1)
-            rotated = torch.cat([rotated, self.rotated_signals @ rows.T], 1)
             lengths = torch.cat([lengths, own_lengths])
         self.problem = CodingProblem(gram, correlations, lengths)
-        self.rotated = rotated
 
     def _start(self) -> torch.Tensor:
         """Least squares over the learned atoms, and the exact remainder."""
@@ -208,7 +203,6 @@ class _Identity:
     lengths: torch.Tensor
     gram: torch.Tensor
     correlations: torch.Tensor
-    rotated: torch.Tensor
 
 
 @dataclass
@@ -250,13 +244,11 @@ def _levels(values: torch.Tensor) -> list[tuple[float, slice]]:
     return levels
 
 
-def _identity_atoms(
-    member: Member, signals: torch.Tensor, rotated_signals: torch.Tensor
-) -> _Identity:
+def _identity_atoms(member: Member, signals: torch.Tensor) -> _Identity:
     unit, lengths = _unit_rows(member.whitening.factor.T.float())
     gram = unit @ unit.T
     gram.diagonal().fill_(1.0)
-    return _Identity(unit, lengths, gram, signals @ unit.T, rotated_signals @ unit.T)
+    return _Identity(unit, lengths, gram, signals @ unit.T)
 
 
 def _unit_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -197,6 +197,11 @@ def _coarse_fits(
                 given = FitInput(name, weight, None, item.gram, metric, output=output)
                 factors = _coarse_factors(given, grams.recipe)
                 if factors is None:
+                    grams.log.emit(
+                        "warning",
+                        text=f"{name}: no coarse fit at {curve_ratios(grams.recipe.ratio)}; it takes no part in the "
+                        f"allocation and keeps ratio {grams.recipe.ratio}",
+                    )
                     continue
                 for index, change in enumerate(factors):
                     work.store_tensor("changes", f"{name}.{index}", change)

@@ -250,6 +250,8 @@ class Recipe:
                 )
             if self.calibration == NO_CALIBRATION:
                 raise InputError(f"{name}: {value} needs calibration text")
+        if self.output_metric != "none" and self.sequential:
+            raise InputError("output_metric: fisher works without sequential")
         if self.allocation != "uniform" and (self.group_size > 1 or self.sequential):
             raise InputError("allocation: loss works without groups and without sequential")
         if self.allocation != "uniform" and not LOWEST <= self.ratio <= HIGHEST:

@@ -8,7 +8,7 @@ import torch
 
 from cospadi import native
 from cospadi.learn.quantize import QuantisedCoeffs, quantise_integers
-from cospadi.learn.result import FloatFactor, full_indices
+from cospadi.learn.result import FloatFactor, full_identity
 
 DAMPING = 0.01
 """Ridge relative to the mean diagonal of the Gram, as in the paper's code."""
@@ -38,7 +38,7 @@ def gptq(
     (FloatFactor, QuantisedCoeffs)
         Identity atoms with full support whose coefficients are the decoded values, and the integers.
     """
-    d_out, d_in = weight.shape
+    d_in = weight.shape[1]
     scaled = (gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)).float()
     chosen = quantise_integers(weight, bits, group=group)
     assert chosen.scale is not None
@@ -55,10 +55,4 @@ def gptq(
     ).fields
     per_value = steps.repeat_interleave(group or d_in, dim=1)[:, :d_in]
     quantised = dataclasses.replace(chosen, fields=fields, values=fields * per_value)
-    factor = FloatFactor(
-        dictionary=torch.zeros((d_in, 0), dtype=torch.float64),
-        indices=full_indices(d_out, d_in),
-        coeffs=quantised.values,
-        n_identity=d_in,
-    )
-    return factor, quantised
+    return full_identity(quantised.values), quantised

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cospadi.learn.quantize import QuantisedCoeffs, quantise_integers
-from cospadi.learn.result import FloatFactor, full_indices
+from cospadi.learn.result import FloatFactor, full_identity
 
 
 def round_to_nearest(
@@ -29,12 +29,5 @@ def round_to_nearest(
     (FloatFactor, QuantisedCoeffs)
         Identity atoms with full support whose coefficients are the decoded values, and the integers.
     """
-    d_out, d_in = weight.shape
     quantised = quantise_integers(weight, bits, group=group, clip_factors=(1.0,))
-    factor = FloatFactor(
-        dictionary=torch.zeros((d_in, 0), dtype=torch.float64),
-        indices=full_indices(d_out, d_in),
-        coeffs=quantised.values,
-        n_identity=d_in,
-    )
-    return factor, quantised
+    return full_identity(quantised.values), quantised
