@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples in every run, so that a verdict can be repeated; COSPADI_TEST_RANDOM=1 looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("random", derandomize=False)
-settings.load_profile("random" if os.environ.get("COSPADI_TEST_RANDOM") == "1" else "repeatable")
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tiny_models import make_model, make_tokenizer
+
+# The same examples in every run, so that a verdict can be repeated; COSPADI_TEST_RANDOM=1 looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile("random" if os.environ.get("COSPADI_TEST_RANDOM") == "1" else "repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from cospadi.errors import InputError
-from cospadi.learn.allocation import LossCurve, allocate
+from cospadi.learn.allocation import LossCurve, allocate, even_grid
 
 
 def exponential(level, rate, ratios=(0.1, 0.3, 0.5, 0.7)):
@@ -23,25 +23,25 @@ def test_curve_is_exact_at_its_points_and_exponential_between_and_beyond():
 
 
 def test_equal_curves_get_equal_shares():
-    shares = allocate([exponential(1e-3, 6.0)] * 4, [1.0] * 4, 0.4, lowest=0.1, highest=0.7)
+    shares = allocate([exponential(1e-3, 6.0)] * 4, [1.0] * 4, 0.4, [even_grid(0.1, 0.7)] * 4)
     assert max(shares) - min(shares) <= 0.0101
     assert sum(shares) / 4 == pytest.approx(0.4, abs=0.003)
 
 
 def test_shares_differ_by_the_logarithm_of_the_loss_per_size():
     curves = [exponential(level, 6.0) for level in (1e-4, 1e-3)]
-    low, high = allocate(curves, [1.0, 1.0], 0.4, lowest=0.0, highest=0.8)
+    low, high = allocate(curves, [1.0, 1.0], 0.4, [even_grid(0.0, 0.8)] * 2)
     assert low - high == pytest.approx(math.log(10) / 6.0, abs=0.02)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_other_grid_point_within_the_budget_is_better(seed):
+def test_near_the_best_of_all_choices_within_the_budget(seed):
     generator = random.Random(seed)
     curves = [
         exponential(10 ** generator.uniform(-5, -3), generator.uniform(4, 9)) for _ in range(3)
     ]
     sizes = [generator.choice([1.0, 2.0]) for _ in range(3)]
-    shares = allocate(curves, sizes, 0.4, lowest=0.1, highest=0.7, step=0.05)
+    shares = allocate(curves, sizes, 0.4, [even_grid(0.1, 0.7, 0.05)] * 3)
 
     def loss(choice):
         return sum(curve.at(share) for curve, share in zip(curves, choice, strict=True))
@@ -51,18 +51,42 @@ def test_no_other_grid_point_within_the_budget_is_better(seed):
 
     grid = [0.1 + 0.05 * index for index in range(13)]
     assert removed(shares) >= 0.4 * sum(sizes) - 1e-9
-    # the same number of bytes or fewer removed from a better choice would contradict the hull walk
     best = min(
         loss(choice)
         for choice in itertools.product(grid, repeat=3)
-        if removed(choice) >= removed(shares) - 1e-9
+        if removed(choice) >= 0.4 * sum(sizes) - 1e-9
     )
-    assert loss(shares) == pytest.approx(best, rel=1e-9)
+    assert best <= loss(shares) * (1 + 1e-9)
+    assert loss(shares) < 1.05 * best  # one step of one weight away
+    for unit in range(3):
+        one_less = [*shares]
+        one_less[unit] -= 0.05
+        assert one_less[unit] < 0.1 - 1e-9 or removed(one_less) < 0.4 * sum(sizes)
 
 
 def test_bounds_hold_where_a_curve_wants_to_leave_them():
     curves = [exponential(1e-9, 1.0), exponential(1.0, 9.0)]
-    assert allocate(curves, [1.0, 1.0], 0.4, lowest=0.3, highest=0.5) == pytest.approx([0.5, 0.3])
+    shares = allocate(curves, [1.0, 1.0], 0.4, [even_grid(0.3, 0.5)] * 2)
+    assert shares == pytest.approx([0.5, 0.3])
+
+
+def test_what_a_coarse_step_removes_too_much_is_given_back():
+    """Sizes far apart: the large weight's only step overshoots, and the small one gets the rest."""
+    curves = [exponential(1e-3, 3.0), exponential(1e-3, 6.0)]
+    grids = [[0.1, 0.6], even_grid(0.1, 0.6)]
+    large, small = allocate(curves, [10.0, 1.0], 0.5, grids)
+    assert large == 0.6
+    assert small == 0.1
+    large, small = allocate(curves, [10.0, 1.0], 0.58, grids)
+    assert small == pytest.approx(0.38)
+
+
+def test_every_weight_keeps_to_its_own_grid():
+    curves = [exponential(10.0**-level, 7.0) for level in range(1, 6)]
+    grids = [[0.1 * index, 0.37, 0.5 + 0.05 * index] for index in range(5)]
+    shares = allocate(curves, [1.0, 2.0, 1.0, 2.0, 3.0], 0.4, grids)
+    assert all(share in grid for share, grid in zip(shares, grids, strict=True))
+    assert sum(s * n for s, n in zip(shares, (1, 2, 1, 2, 3), strict=True)) >= 0.4 * 9 - 1e-9
 
 
 @pytest.mark.parametrize(
@@ -71,11 +95,11 @@ def test_bounds_hold_where_a_curve_wants_to_leave_them():
         (lambda: LossCurve((0.1,), (1.0,)), "two or more"),
         (lambda: LossCurve((0.3, 0.1), (1.0, 1.0)), "ascending"),
         (lambda: LossCurve((0.1, 0.3), (1.0, float("nan"))), "not finite"),
-        (lambda: allocate([], [], 0.9, lowest=0.1, highest=0.5), "outside the bounds"),
         (
-            lambda: allocate([exponential(1, 1)], [], 0.4, lowest=0.1, highest=0.5),
-            "1 curves for 0",
+            lambda: allocate([exponential(1, 1)], [1.0], 0.9, [[0.1, 0.5]]),
+            "0.9000 lies outside what the sizes allow, 0.1000 to 0.5000",
         ),
+        (lambda: allocate([exponential(1, 1)], [], 0.4, [[0.1]]), "1 curves and 1 grids for 0"),
     ],
 )
 def test_bad_input(make, match):

@@ -190,7 +190,7 @@ def test_feedback_lowers_the_error_of_integers(n_identity, monkeypatch):
         factors, members = list(fit.factors), list(fit.members)
     types = StorageTypes(coeffs="int4")
     with_feedback = round_factors(members, factors, types)
-    monkeypatch.setattr(rounding, "_with_feedback", lambda coeffs, factor, atoms: coeffs)
+    monkeypatch.setattr(rounding, "_with_feedback", lambda coeffs, *_: coeffs)
     without = round_factors(members, factors, types)
     errors = [
         group_error(members, [f.decoded().dense_weight() for f in state])

@@ -126,3 +126,27 @@ def test_overrides_keep_their_own_ratio(tiny_model_dir, tiny_text, tmp_path):
         if module.name.endswith("q_proj")
     ]
     assert min(removed) >= 0.5
+
+
+@pytest.mark.parametrize("metric", ["none", "fisher"])
+@pytest.mark.parametrize("bits", [2.5, 5.0])
+def test_widths_are_divided_by_loss(bits, metric, tiny_model_dir, tiny_text, tmp_path):
+    events = []
+    settings = {key: SETTINGS[key] for key in ("samples", "sequence_length", "backward_samples")}
+    result = compress(
+        tiny_model_dir("llama"),
+        tmp_path / "out",
+        calibration=str(tiny_text),
+        listener=events.append,
+        bits=bits,
+        allocation="loss",
+        output_metric=metric,
+        **settings,
+    )
+    allocated = event_of(events, "allocated")
+    assert allocated["predicted_loss"] <= allocated["predicted_uniform"] * (1 + 1e-9)
+    weights = sum(module.d_in * module.d_out for module in result.plan.modules)
+    assert bits - 0.3 < 8 * result.stored_bytes / weights <= bits + 1e-6
+    verify_errors(tmp_path / "out", tiny_model_dir("llama"))
+    model, _ = cospadi.load(tmp_path / "out", dtype=torch.float32)
+    assert bool(torch.isfinite(model(torch.arange(2, 30)[None]).logits).all())

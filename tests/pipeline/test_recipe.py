@@ -97,3 +97,55 @@ def test_broken_recipe_file_names_the_line(tmp_path):
     path.write_text("- a\n- b\n")
     with pytest.raises(InputError, match="key: value"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "ratio", "coeffs"),
+    [
+        ({"bits": 4}, 0.75, "auto"),
+        ({"bits": 3.25, "preset": "best"}, 1 - 3.25 / 16, "auto"),
+        ({"bits": 8, "coeffs_dtype": "bfloat16", "dictionary": "identity"}, 0.5, "bfloat16"),
+        ({"target_size": "120MB"}, 0.2, "auto"),
+    ],
+)
+def test_budgets_in_bits_and_bytes(data, ratio, coeffs):
+    recipe = recipe_from_mapping(data)
+    assert recipe.ratio == pytest.approx(ratio)
+    assert recipe.coeffs_dtype == coeffs
+    assert recipe.atoms == "identity"
+    assert recipe_from_mapping(recipe.to_mapping()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("120MB", 120_000_000),
+        ("1.5 GiB", 3 << 29),
+        ("900kb", 900_000),
+        ("12345", 12345),
+        ("7b", 7),
+        (2**20, 2**20),
+    ],
+)
+def test_sizes_in_words(text, size):
+    assert recipe_from_mapping({"target_size": text}).target_size == size
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"bits": 4, "ratio": 0.5}, "one of ratio, bits and target_size, got ratio and bits"),
+        ({"bits": 0}, "bits: expected 0 to 16 per weight, got 0"),
+        ({"bits": "four"}, "bits: expected 0 to 16"),
+        ({"bits": 1.0}, "ratio: coeffs_dtype auto keeps at least 1.4 bits"),
+        ({"target_size": "12 apples"}, "target_size: expected bytes such as 120MB"),
+        ({"target_size": 0}, "target_size: expected a number of bytes, got 0"),
+        ({"bits": 4, "method": "gptq"}, "auto works with method cospadi, got gptq"),
+        ({"bits": 4, "group_size": 2}, "auto works with group_size 1, got 2"),
+        ({"bits": 4, "coeffs_group": 64}, "auto works with coeffs_group 0, got 64"),
+        ({"bits": 4, "ratio_convention": "nominal"}, "auto works with ratio_convention stored"),
+    ],
+)
+def test_bad_budgets_are_named(data, message):
+    with pytest.raises(InputError, match=message):
+        recipe_from_mapping(data)

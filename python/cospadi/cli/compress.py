@@ -22,6 +22,12 @@ def compress_command(
     ratio: float | None = typer.Option(
         None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
     ),
+    bits: float | None = typer.Option(
+        None, help="Bits per weight of the compressed linears, in place of a ratio."
+    ),
+    target_size: str | None = typer.Option(
+        None, help="Bytes of all weights of the result, such as 120MB, in place of a ratio."
+    ),
     ratio_convention: str | None = typer.Option(
         None,
         help="What the ratio counts: stored bytes with the mask [stored], or values only (nominal).",
@@ -46,7 +52,9 @@ def compress_command(
         None, help="Neighbouring layers that share a dictionary [1]."
     ),
     coeffs_dtype: str | None = typer.Option(
-        None, help="Type of stored coefficients: bfloat16, bfloat14, int8, int4, ... [bfloat16]."
+        None,
+        help="Type of stored coefficients: bfloat16, bfloat14, int8, int4, ..., auto [bfloat16; auto with --bits or "
+        "--target-size].",
     ),
     dictionary_dtype: str | None = typer.Option(
         None, help="Type of stored dictionaries: bfloat16, int8, ... [bfloat16]."
@@ -86,6 +94,8 @@ def compress_command(
     quiet_libraries()
     options = {
         "ratio": ratio,
+        "bits": bits,
+        "target_size": target_size,
         "ratio_convention": ratio_convention,
         "method": method,
         "preset": preset,

@@ -21,6 +21,12 @@ def plan_command(
     ratio: float | None = typer.Option(
         None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
     ),
+    bits: float | None = typer.Option(
+        None, help="Bits per weight of the compressed linears, in place of a ratio."
+    ),
+    target_size: str | None = typer.Option(
+        None, help="Bytes of all weights of the result, such as 120MB, in place of a ratio."
+    ),
     ratio_convention: str | None = typer.Option(None, help="stored or nominal [stored]."),
     method: str | None = typer.Option(None, help="As in compress [cospadi]."),
     preset: str | None = typer.Option(None, help="As in compress [fast]."),
@@ -41,6 +47,8 @@ def plan_command(
     quiet_libraries()
     options = {
         "ratio": ratio,
+        "bits": bits,
+        "target_size": target_size,
         "ratio_convention": ratio_convention,
         "method": method,
         "preset": preset,
@@ -52,9 +60,11 @@ def plan_command(
     from cospadi.model.discover import discover
     from cospadi.model.source import source_shapes
     from cospadi.pipeline.plan import make_plan
+    from cospadi.pipeline.target_size import with_ratio_for_size
 
     shapes = source_shapes(model).model
     targets, skipped = discover(shapes, targets=built.targets or None, ignore=built.ignore or None)
+    built = with_ratio_for_size(shapes, targets, skipped, built)
     plan = make_plan(targets, skipped, built)
     write_json(json_out, plan.to_mapping())
     if str(json_out) == "-":

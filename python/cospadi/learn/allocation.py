@@ -52,14 +52,17 @@ class LossCurve:
         return math.exp((1.0 - share) * logs[piece] + share * logs[piece + 1])
 
 
+def even_grid(lowest: float, highest: float, step: float = 0.01) -> list[float]:
+    """Removed shares from lowest to highest, about ``step`` apart."""
+    count = max(1, round((highest - lowest) / step))
+    return [lowest + (highest - lowest) * index / count for index in range(count + 1)]
+
+
 def allocate(
     curves: Sequence[LossCurve],
     sizes: Sequence[float],
     ratio: float,
-    *,
-    lowest: float,
-    highest: float,
-    step: float = 0.01,
+    grids: Sequence[Sequence[float]],
 ) -> list[float]:
     """Removed share of every weight that minimises the summed loss at a removed share of all.
 
@@ -71,44 +74,73 @@ def allocate(
         Dense size of each weight, any unit.
     ratio : float
         Wanted removed share of the summed sizes.
-    lowest, highest : float
-        Bounds of a single weight's share; ``lowest <= ratio <= highest``.
-    step : float
-        Of the shares tried.
+    grids : sequence of sequences of float
+        Shares that each weight may have, ascending.
 
     Returns
     -------
     list of float
-        Their mean by size is `ratio` or at most one step of one weight above it.
+        From the grids. Their mean by size is at least `ratio`; nothing less can be removed from any one weight.
 
     Raises
     ------
     InputError
-        Bounds that do not hold the ratio, or curves and sizes of different number.
+        Grids that do not reach the ratio, or curves, sizes and grids of different number.
     """
-    if not lowest <= ratio <= highest:
+    if not len(curves) == len(sizes) == len(grids):
         raise InputError(
-            f"allocation: the ratio {ratio} lies outside the bounds {lowest} to {highest}"
+            f"allocation: {len(curves)} curves and {len(grids)} grids for {len(sizes)} weights"
         )
-    if len(curves) != len(sizes):
-        raise InputError(f"allocation: {len(curves)} curves for {len(sizes)} weights")
-    count = max(1, round((highest - lowest) / step))
-    grid = [lowest + (highest - lowest) * index / count for index in range(count + 1)]
-    moves: list[tuple[float, int]] = []
-    for unit, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
-        hull = _lower_hull([(share, curve.at(share)) for share in grid])
-        for before, after in itertools.pairwise(hull):
-            slope = (after[1] - before[1]) / ((after[0] - before[0]) * size)
-            moves += [(slope, unit)] * round((after[0] - before[0]) / (grid[1] - grid[0]))
-    # remove where it costs least, one grid step at a time, until enough is removed
+    total = sum(sizes)
+    reach = [
+        sum(grid[end] * size for grid, size in zip(grids, sizes, strict=True)) / total
+        for end in (0, -1)
+    ]
+    if not reach[0] - 1e-9 <= ratio <= reach[1] + 1e-9:
+        raise InputError(
+            f"allocation: the ratio {ratio:.4f} lies outside what the sizes allow, {reach[0]:.4f} to {reach[1]:.4f}"
+        )
+    hulls = [
+        _lower_hull([(share, curve.at(share)) for share in grid])
+        for curve, grid in zip(curves, grids, strict=True)
+    ]
+    moves: list[tuple[float, int, int]] = []
+    for unit, (hull, size) in enumerate(zip(hulls, sizes, strict=True)):
+        for index, (before, after) in enumerate(itertools.pairwise(hull), start=1):
+            moves.append(((after[1] - before[1]) / ((after[0] - before[0]) * size), unit, index))
+    # remove where it costs least until enough is removed
     chosen = [0] * len(sizes)
-    missing = (ratio - lowest) * sum(sizes)
-    for _, unit in sorted(moves):
-        if missing <= 1e-9 * sum(sizes):
+    missing = (ratio - reach[0]) * total
+    tolerance = 1e-9 * total
+    for _, unit, index in sorted(moves):
+        if missing <= tolerance:
             break
-        chosen[unit] += 1
-        missing -= (grid[1] - grid[0]) * sizes[unit]
-    return [grid[index] for index in chosen]
+        chosen[unit] = index
+        missing -= (hulls[unit][index][0] - hulls[unit][index - 1][0]) * sizes[unit]
+    shares = [hull[index][0] for hull, index in zip(hulls, chosen, strict=True)]
+    return _give_back(shares, curves, sizes, grids, -missing + tolerance)
+
+
+def _give_back(
+    shares: list[float],
+    curves: Sequence[LossCurve],
+    sizes: Sequence[float],
+    grids: Sequence[Sequence[float]],
+    left: float,
+) -> list[float]:
+    """Spend what the last step removed too much, where it saves most, one weight at a time."""
+    while True:
+        best: tuple[float, int, float] | None = None
+        for unit, (curve, size, grid) in enumerate(zip(curves, sizes, grids, strict=True)):
+            for share in grid:
+                if share < shares[unit] and (shares[unit] - share) * size <= left:
+                    saved = curve.at(shares[unit]) - curve.at(share)
+                    if best is None or saved > best[0]:
+                        best = (saved, unit, share)
+        if best is None or best[0] <= 0.0:
+            return shares
+        left -= (shares[best[1]] - best[2]) * sizes[best[1]]
+        shares[best[1]] = best[2]
 
 
 def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -25,7 +25,7 @@ from cospadi.learn.init import signal_svd
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.result import FloatFactor
+from cospadi.learn.result import FloatFactor, full_identity
 from cospadi.learn.shared_dictionary import solve_dictionary
 from cospadi.learn.splitting import Split
 from cospadi.learn.whitening import Whitening
@@ -69,7 +69,8 @@ def fit_augmented(
     Returns
     -------
     GroupFit
-        With one entry of history: errors when the supports came to rest, and at the end.
+        With one entry of history: errors when the supports came to rest, and at the end. Where every weight may stay,
+        the weights themselves and no history.
 
     Raises
     ------
@@ -77,6 +78,9 @@ def fit_augmented(
         A Gram is not finite.
     """
     start = time.perf_counter()
+    if n_atoms == 0 and sparsity == members[0].weight.shape[1]:
+        whole = tuple(full_identity(member.weight) for member in members)
+        return GroupFit(whole, tuple(members), (), (0.0,))
     dictionary = _leading_atoms(members, joint, n_atoms)
     splits = [Split(member, dictionary) for member in members]
     penalty, resting = options.first_penalty, 0

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cospadi import native
+from cospadi.learn.feedback import round_with_feedback
 from cospadi.learn.member import Member, group_error
+from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import (
     INTEGER_BITS,
     QuantisedCoeffs,
@@ -105,37 +106,42 @@ def round_factors(
         return plain
     if rounds is None:
         rounds = INTEGER_ROUNDS if {types.coeffs, types.dictionary} & INTEGER_BITS.keys() else 1
-    starts = [plain]
-    if types.coeffs in INTEGER_BITS:
-        starts.append(_round(members, balance_atoms(members, factors), types))
-    refined = [_refine(members, start, types, rounds) for start in starts]
+    starts = [(factors, plain)]
+    if types.coeffs in INTEGER_BITS and factors[0].n_atoms:
+        balanced = balance_atoms(members, factors)
+        starts.append((balanced, _round(members, balanced, types)))
+    refined = [_refine(members, *start, types, rounds) for start in starts]
     best, _ = min(refined, key=lambda state: state[1])
     return best
 
 
 def _refine(
-    members: Sequence[Member], start: list[RoundedFactor], types: StorageTypes, rounds: int
+    members: Sequence[Member],
+    factors: Sequence[FloatFactor],
+    start: list[RoundedFactor],
+    types: StorageTypes,
+    rounds: int,
 ) -> tuple[list[RoundedFactor], float]:
-    """Run the rounds; the best state and its error."""
+    """Run the rounds from the factors and their plain rounding; the best state and its error."""
     best = current = start
     best_error = _error(members, best)
     for _ in range(rounds):
         before = best_error
         refitted = [
-            member.refit(factor.decoded(), factor.dictionary.values.double())
-            for member, factor in zip(members, current, strict=True)
+            member.refit(factor, rounded.dictionary.values.double())
+            for member, factor, rounded in zip(members, factors, current, strict=True)
         ]
         current = _round_coeffs(members, refitted, current[0].dictionary, types, feedback=True)
         best, best_error = _better(members, current, best, best_error)
-        if current[0].dictionary.values.shape[1]:
-            solved = solve_dictionary(members, [factor.decoded() for factor in current])
-            dictionary = _round_dictionary(members, solved, types)
-            current = [
-                RoundedFactor(dictionary, f.indices, f.coeffs, f.n_identity) for f in current
-            ]
-            best, best_error = _better(members, current, best, best_error)
+        if not factors[0].n_atoms:
+            break  # nothing has moved that another round could follow
+        solved = solve_dictionary(members, [factor.decoded() for factor in current])
+        dictionary = _round_dictionary(members, solved, types)
+        current = [RoundedFactor(dictionary, f.indices, f.coeffs, f.n_identity) for f in current]
+        best, best_error = _better(members, current, best, best_error)
         if not best_error < (1.0 - MIN_GAIN) ** 2 * before:
             break
+        factors = [factor.decoded() for factor in current]
     return best, best_error
 
 
@@ -212,22 +218,29 @@ def _round_coeffs(
     rounded = []
     for member, factor in zip(members, factors, strict=True):
         atoms = member.atoms(dictionary.values, factor.n_identity)
-        energies = atoms.square().sum(1)
-        coeffs = quantise_coeffs(factor.coeffs, types, energies[factor.indices.long()])
-        if feedback and types.coeffs in INTEGER_BITS:
-            coeffs = _with_feedback(coeffs, factor, atoms.float())
+        lengths = atoms.square().sum(1)
+        with_feedback = feedback and types.coeffs in INTEGER_BITS
+        if with_feedback:
+            lengths = lengths.sqrt()  # other coefficients will take over part of an error
+        coeffs = quantise_coeffs(factor.coeffs, types, lengths[factor.indices.long()])
+        if with_feedback:
+            coeffs = _with_feedback(coeffs, factor, atoms.float(), member.output)
         rounded.append(RoundedFactor(dictionary, factor.indices, coeffs, factor.n_identity))
     return rounded
 
 
 def _with_feedback(
-    coeffs: QuantisedCoeffs, factor: FloatFactor, atoms: torch.Tensor
+    coeffs: QuantisedCoeffs,
+    factor: FloatFactor,
+    atoms: torch.Tensor,
+    output: OutputMetric | None,
 ) -> QuantisedCoeffs:
-    """The integers chosen anew, in the metric of the atoms, with the same scales."""
+    """The integers chosen anew, in the metric of the atoms and of the outputs, with the same scales."""
     assert coeffs.scale is not None
     steps = coeffs.scale.float()
-    result = native.round_code(
+    fields = round_with_feedback(
         atoms @ atoms.T,
+        None if output is None else output.matrix,
         None if factor.full_support else factor.indices.contiguous(),
         factor.coeffs.float(),
         steps,
@@ -236,7 +249,7 @@ def _with_feedback(
     )
     sparsity = factor.sparsity
     per_value = steps.repeat_interleave(coeffs.group or max(sparsity, 1), dim=1)[:, :sparsity]
-    return dataclasses.replace(coeffs, fields=result.fields, values=result.fields * per_value)
+    return dataclasses.replace(coeffs, fields=fields, values=fields * per_value)
 
 
 def _better(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +17,12 @@ from torch import Tensor
 from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.probe import measure_losses
 from cospadi.errors import FitError
-from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve, allocate
+from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve, allocate, even_grid
 from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.methods import factor_size
+from cospadi.learn.quantize import INTEGER_BITS
 from cospadi.learn.whitening import WhiteningError, whiten_gram
+from cospadi.learn.widths import AUTO, integer_ratios, kept_bits, removed_share
 from cospadi.model.discover import TargetLinear, weight_of
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import module_settings, storage_widths
@@ -30,6 +32,12 @@ from cospadi.pipeline.workdir import WorkDir
 
 CURVE_OFFSETS = (-0.1, 0.2)
 """Ratios of the coarse fits, relative to the recipe's."""
+
+CURVE_BITS = (-0.8, 0.0, 1.0)
+"""The same for integers of the width that fits: bits per weight, relative to those of the recipe's ratio."""
+
+BITS_BEYOND = 0.5
+"""Bits per weight below the coarsest fit that a linear may get."""
 
 COARSE_START, COARSE_GROWTH = 0.03, 1.6
 """First penalty and its growth in coarse fits, which take a fifth of the steps of a fine one."""
@@ -106,8 +114,7 @@ def allocate_ratios(
         [curves[t.name] for t in taking_part],
         [float(t.d_in * t.d_out) for t in taking_part],
         recipe.ratio,
-        lowest=max(LOWEST, recipe.ratio - recipe.allocation_reach),
-        highest=min(HIGHEST, recipe.ratio + recipe.allocation_reach),
+        [allowed_ratios(recipe, t.d_in) for t in taking_part],
     )
     ratios = {target.name: share for target, share in zip(taking_part, shares, strict=True)}
     allocation = Allocation(
@@ -121,11 +128,27 @@ def allocate_ratios(
     return allocation
 
 
-def curve_ratios(ratio: float) -> tuple[float, ...]:
-    """Ratios of the coarse fits for a wanted ratio of the model."""
-    return tuple(
-        sorted({round(min(max(ratio + offset, LOWEST), HIGHEST), 4) for offset in CURVE_OFFSETS})
-    )
+def allowed_ratios(recipe: Recipe, d_in: int) -> list[float]:
+    """Removed shares that a linear with ``d_in`` inputs may get, ascending."""
+    lowest = max(LOWEST, recipe.ratio - recipe.allocation_reach)
+    if recipe.coeffs_dtype != AUTO:
+        return even_grid(lowest, min(HIGHEST, recipe.ratio + recipe.allocation_reach))
+    # curves of integers are steep: none is followed further than this beyond where it was measured
+    fewest = removed_share(min(CURVE_BITS) - BITS_BEYOND + kept_bits(recipe.ratio))
+    return [ratio for ratio in integer_ratios(d_in) if lowest <= ratio <= fewest]
+
+
+def curve_ratios(recipe: Recipe, d_in: int) -> tuple[float, ...]:
+    """Ratios of the coarse fits of a linear, ascending."""
+    if recipe.coeffs_dtype != AUTO:
+        wanted = (min(max(recipe.ratio + o, LOWEST), HIGHEST) for o in CURVE_OFFSETS)
+        return tuple(sorted({round(ratio, 4) for ratio in wanted}))
+    allowed = integer_ratios(d_in)
+    bits = [kept_bits(recipe.ratio) + offset for offset in CURVE_BITS]
+    near = {min(allowed, key=lambda ratio: abs(kept_bits(ratio) - b)) for b in bits}
+    if len(near) == 1:  # at the top everything is eight bits
+        near.add(allowed[1])
+    return tuple(sorted(near))
 
 
 def _curves(
@@ -142,9 +165,9 @@ def _curves(
             curves[target.name] = LossCurve(tuple(record["ratios"]), tuple(record["losses"]))
     pending = [target for target in targets if target.name not in curves]
     fitted = _coarse_fits(grams, fisher, pending, work)
-    ratios = curve_ratios(recipe.ratio)
-    for part in _by_bytes([target for target in pending if target.name in fitted], len(ratios)):
-        changes = {t.name: _changes(work, t.name, len(ratios)) for t in part}
+    ratios = {target.name: curve_ratios(recipe, target.d_in) for target in pending}
+    for part in _by_bytes([target for target in pending if target.name in fitted], ratios):
+        changes = {t.name: _changes(work, t.name, len(ratios[t.name])) for t in part}
         losses = measure_losses(
             grams.source.model,
             changes,
@@ -153,17 +176,19 @@ def _curves(
             progress=lambda done, total: log.progress("backward", done=done, total=total),
         )
         for name, values in losses.items():
-            curves[name] = LossCurve(ratios, tuple(values))
-            work.store_record("curves", name, {"ratios": ratios, "losses": values})
+            curves[name] = LossCurve(ratios[name], tuple(values))
+            work.store_record("curves", name, {"ratios": ratios[name], "losses": values})
     return curves
 
 
-def _by_bytes(targets: Sequence[TargetLinear], n_changes: int) -> list[list[TargetLinear]]:
+def _by_bytes(
+    targets: Sequence[TargetLinear], ratios: Mapping[str, Sequence[float]]
+) -> list[list[TargetLinear]]:
     """Runs of targets whose changes fit in one pass."""
     parts: list[list[TargetLinear]] = []
     held = 0
     for target in targets:
-        size = 2 * n_changes * target.d_in * target.d_out
+        size = 2 * len(ratios[target.name]) * target.d_in * target.d_out
         if not parts or held + size > PROBE_BYTES:
             parts.append([])
             held = 0
@@ -179,8 +204,11 @@ def _coarse_fits(
     work: WorkDir,
 ) -> set[str]:
     """Fit what has no stored changes yet; names of the targets that have them in the end."""
-    n_ratios = len(curve_ratios(grams.recipe.ratio))
-    fitted = {t.name for t in targets if _has_changes(work, t.name, n_ratios)}
+    fitted = {
+        t.name
+        for t in targets
+        if _has_changes(work, t.name, len(curve_ratios(grams.recipe, t.d_in)))
+    }
     pending = {target.name: target for target in targets if target.name not in fitted}
     for finished in grams.collect(list(pending.values())):
         while finished.grams:
@@ -197,10 +225,11 @@ def _coarse_fits(
                 given = FitInput(name, weight, None, item.gram, metric, output=output)
                 factors = _coarse_factors(given, grams.recipe)
                 if factors is None:
+                    tried = curve_ratios(grams.recipe, weight.shape[1])
                     grams.log.emit(
                         "warning",
-                        text=f"{name}: no coarse fit at {curve_ratios(grams.recipe.ratio)}; it takes no part in the "
-                        f"allocation and keeps ratio {grams.recipe.ratio}",
+                        text=f"{name}: no coarse fit at {tried}; it takes no part in the allocation and keeps ratio "
+                        f"{grams.recipe.ratio}",
                     )
                     continue
                 for index, change in enumerate(factors):
@@ -212,7 +241,6 @@ def _coarse_fits(
 
 def _coarse_factors(given: FitInput, recipe: Recipe) -> list[Tensor] | None:
     """Changes of the weight (bfloat16) by coarse fits; None where a ratio leaves nothing, or a fit fails."""
-    types = recipe.storage_types()
     options = dataclasses.replace(
         recipe.learn_options(),
         first_penalty=max(COARSE_START, recipe.first_penalty),
@@ -220,20 +248,24 @@ def _coarse_factors(given: FitInput, recipe: Recipe) -> list[Tensor] | None:
         sweeps=1,
     )
     changes = []
-    for ratio in curve_ratios(recipe.ratio):
+    d_out, d_in = given.weight.shape
+    for ratio in curve_ratios(recipe, d_in):
+        types = recipe.types_at(ratio, d_in)
         size = factor_size(
             recipe.method,
-            given.weight.shape[1],
-            given.weight.shape[0],
+            d_in,
+            d_out,
             ratio,
             convention=recipe.ratio_convention,
             widths=storage_widths(types),
-            dictionary=recipe.dictionary,
+            dictionary=recipe.atoms,
             learned_share=recipe.learned_share,
         )
         if size.sparsity < 1:
             return None
-        settings = FitSettings(recipe.method, size, types, options, refit=False)
+        # integers are not worth a look without the feedback that comes with refits
+        with_refit = types.coeffs in INTEGER_BITS
+        settings = FitSettings(recipe.method, size, types, options, refit=with_refit)
         try:
             ((factor, _),) = fit([given], settings)
         except FitError:

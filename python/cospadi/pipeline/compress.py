@@ -25,9 +25,10 @@ from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.plan import Plan, make_plan
-from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.recipe import Recipe, recipe_from_mapping
 from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
+from cospadi.pipeline.target_size import with_ratio_for_size
 from cospadi.pipeline.workdir import WorkDir
 from cospadi.versions import versions
 
@@ -101,7 +102,7 @@ def compress(
         Directory of the result; must not exist, or be empty. Beside it appear ``<out>.log.jsonl`` and, while the
         job runs, ``<out>.work`` with the finished matrices; the same call resumes from it.
     recipe : Recipe, optional
-        All settings; or give single ones as keywords (``ratio=0.3``).
+        All settings; or give single ones as keywords (``ratio=0.3``, ``bits=4.25``, ``preset="best"``).
     device : {"cpu", "cuda"}
         Where the fits run. This version computes on the CPU.
     num_threads : int, optional
@@ -121,7 +122,7 @@ def compress(
         A setting, the model or the calibration text is unusable; nothing was written.
     """
     start = time.perf_counter()
-    recipe = _with_settings(recipe or Recipe(), settings)
+    recipe = _with_settings(recipe, settings)
     _check_device(device)
     out_dir = check_output(out)
     if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
@@ -133,7 +134,7 @@ def compress(
 
     source = open_source(model)
     # what can be refused is refused before anything is written
-    _plan_inputs(source, recipe)
+    recipe = with_ratio_for_size(source.model, *_plan_inputs(source, recipe), recipe)
     calibration = _load_calibration(recipe, source)
     work = WorkDir(
         out_dir.with_name(out_dir.name + ".work"), _run_settings(source, calibration, recipe)
@@ -232,11 +233,13 @@ def _plan_inputs(source: SourceModel, recipe: Recipe) -> tuple[list[TargetLinear
     return discover(source.model, targets=recipe.targets or None, ignore=recipe.ignore or None)
 
 
-def _with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+def _with_settings(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:
+    if recipe is None:
+        return recipe_from_mapping(settings, source="compress")
     for key in settings:
         if key not in recipe.to_mapping():
             raise InputError(
-                f"compress: unknown setting {key!r}; see cospadi.pipeline.recipe.Recipe"
+                f"compress: unknown setting {key!r} beside a recipe; see cospadi.pipeline.recipe.Recipe"
             )
     return dataclasses.replace(recipe, **settings)
 

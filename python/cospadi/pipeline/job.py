@@ -267,7 +267,7 @@ class Job:
         return FitSettings(
             method=self.recipe.method,
             size=FactorSize(plan.n_identity, plan.n_atoms, plan.sparsity),
-            types=self.recipe.storage_types(),
+            types=dataclasses.replace(plan.types, rounding=self.recipe.coeffs_rounding),
             options=self.recipe.learn_options(),
             refit=self.recipe.refit,
             objective=self.recipe.group_objective,

@@ -65,6 +65,11 @@ class ModulePlan:
         )
 
     @property
+    def types(self) -> StorageTypes:
+        """Storage types, nothing said about rounding."""
+        return StorageTypes(self.dictionary_dtype, self.coeffs_dtype, self.coeffs_group)
+
+    @property
     def cost(self) -> float:
         """Work estimate (flops of one coding), used for the ETA only."""
         if self.support == "full" or self.n_identity:
@@ -229,7 +234,7 @@ def _plan_group(
 
     if is_dense:
         return skip("kept dense by an override")
-    types = recipe.storage_types()
+    types = recipe.types_at(ratio, first.d_in)
     size = factor_size(
         recipe.method,
         first.d_in,
@@ -238,7 +243,7 @@ def _plan_group(
         k_over_s=k_over_s,
         convention=recipe.ratio_convention,
         widths=storage_widths(types),
-        dictionary=recipe.dictionary,
+        dictionary=recipe.atoms,
         learned_share=recipe.learned_share,
     )
     if size.sparsity < 1:

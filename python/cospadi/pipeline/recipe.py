@@ -15,12 +15,13 @@ import yaml
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
 from cospadi.learn.allocation import HIGHEST, LOWEST
-from cospadi.learn.budget import RatioConvention, check_ratio
+from cospadi.learn.budget import VALUE_BITS, RatioConvention, check_ratio
 from cospadi.learn.coding import Solver
 from cospadi.learn.group import GroupObjective
 from cospadi.learn.methods import METHODS, DictionaryKind
 from cospadi.learn.options import Init, LearnOptions, Unused, Update
 from cospadi.learn.quantize import INTEGER_BITS, Rounding, StorageTypes
+from cospadi.learn.widths import AUTO, LOWEST_BITS, integer_types, kept_bits, removed_share
 from cospadi.pipeline.presets import PRESETS
 
 RECIPE_VERSION = 1
@@ -120,6 +121,11 @@ class Recipe:
         Type of all stored numbers that nothing else is said about.
     coeffs_dtype : str or None
         Type of the stored coefficients: a floating type, ``bfloat14``, ``int8``, ``int4``; None: `storage_dtype`.
+        ``auto``: every linear keeps its weights as integers of the width that its share of the bytes allows, below 4
+        bits a part of them (`cospadi.learn.widths`); atoms are the inputs then, whatever `dictionary` says.
+    target_size : int or None
+        Bytes that all weights of the result may take, those outside the compressed linears included. Sets `ratio` once
+        the model is known.
     coeffs_group : int
         Coefficients that share a scale (integer types); 0: one scale per output.
     coeffs_rounding : {"nearest", "truncate"}
@@ -174,6 +180,7 @@ class Recipe:
     coeffs_rounding: Rounding = "nearest"
     dictionary_dtype: str | None = None
     max_gram_gb: float | None = 8.0
+    target_size: int | None = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -217,6 +224,12 @@ class Recipe:
             _check_override(override)
         if self.max_gram_gb is not None and not self.max_gram_gb > 0.0:
             raise InputError(f"max_gram_gb: expected more than 0, got {self.max_gram_gb!r}")
+        if self.target_size is not None and (
+            not isinstance(self.target_size, int)
+            or isinstance(self.target_size, bool)
+            or self.target_size < 1
+        ):
+            raise InputError(f"target_size: expected a number of bytes, got {self.target_size!r}")
         self._check_combinations()
         self.learn_options()  # checks the rest
 
@@ -244,7 +257,7 @@ class Recipe:
         ):
             if value == off:
                 continue
-            if self.dictionary == "learned":
+            if self.atoms == "learned":
                 raise InputError(
                     f"{name}: {value} needs identity atoms: --dictionary augmented or identity"
                 )
@@ -262,10 +275,28 @@ class Recipe:
             raise InputError(
                 f"allocation_reach: expected a share above 0 and up to 1, got {self.allocation_reach!r}"
             )
+        if self.coeffs_dtype == AUTO:
+            self._check_auto()
+            return
         types = self.storage_types()
         if method.form == "rounded" and types.coeffs not in INTEGER_BITS:
             raise InputError(
                 f"coeffs_dtype: {self.method} needs an integer type, got {types.coeffs}"
+            )
+
+    def _check_auto(self) -> None:
+        for name, value, expected in (
+            ("method", self.method, "cospadi"),
+            ("ratio_convention", self.ratio_convention, "stored"),
+            ("group_size", self.group_size, 1),
+            ("coeffs_group", self.coeffs_group, 0),
+        ):
+            if value != expected:
+                raise InputError(f"coeffs_dtype: auto works with {name} {expected}, got {value}")
+        if kept_bits(self.ratio) < LOWEST_BITS:
+            raise InputError(
+                f"ratio: coeffs_dtype auto keeps at least {LOWEST_BITS} bits per weight "
+                f"({removed_share(LOWEST_BITS):.4f}), got {self.ratio}"
             )
 
     @property
@@ -274,8 +305,19 @@ class Recipe:
         wanted = METHODS[self.method].uses_calibration or self.measure_on_calibration
         return wanted and self.calibration != NO_CALIBRATION
 
+    @property
+    def atoms(self) -> DictionaryKind:
+        """Atoms of the method ``cospadi``: `dictionary`, but the inputs where integers are chosen by budget."""
+        return "identity" if self.coeffs_dtype == AUTO else self.dictionary
+
+    def types_at(self, ratio: float, d_in: int) -> StorageTypes:
+        """How dictionary and coefficients of a linear are stored that loses the share ``ratio``."""
+        if self.coeffs_dtype == AUTO:
+            return integer_types(kept_bits(ratio), d_in)
+        return self.storage_types()
+
     def storage_types(self) -> StorageTypes:
-        """How dictionaries and coefficients are stored."""
+        """How dictionaries and coefficients are stored where that does not depend on the linear."""
         default = "int8" if METHODS[self.method].form == "rounded" else self.storage_dtype
         return StorageTypes(
             dictionary=self.dictionary_dtype or self.storage_dtype,
@@ -316,6 +358,7 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
                 f"{source}: preset: expected one of {', '.join(PRESETS)}, got {preset!r}"
             )
         values = {**PRESETS[preset], **values}
+    _set_budget(values, data, source)
     version = values.pop("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise InputError(f"{source}: recipe_version {version!r} is not {RECIPE_VERSION}")
@@ -339,6 +382,39 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
         return Recipe(**values)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _set_budget(values: dict[str, Any], given: Mapping[str, Any], source: str) -> None:
+    """Replace ``bits`` and a size in words by settings; such a budget leaves the type of coefficients open."""
+    named = [key for key in ("ratio", "bits", "target_size") if given.get(key) is not None]
+    # a written recipe holds the ratio that its target size led to
+    if len(named) > 1 and "recipe_version" not in given:
+        raise InputError(
+            f"{source}: give one of ratio, bits and target_size, got {' and '.join(named)}"
+        )
+    bits = values.pop("bits", None)
+    if bits is not None:
+        if (
+            isinstance(bits, bool)
+            or not isinstance(bits, (int, float))
+            or not 0 < bits < VALUE_BITS
+        ):
+            raise InputError(f"{source}: bits: expected 0 to {VALUE_BITS} per weight, got {bits!r}")
+        values["ratio"] = removed_share(bits)
+    size = values.get("target_size")
+    if isinstance(size, str):
+        values["target_size"] = parse_size(size)
+    if (bits is not None or size is not None) and values.get("coeffs_dtype") is None:
+        values["coeffs_dtype"] = AUTO
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``120MB``, ``1.5 GB``, ``900 KiB`` or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", text.lower())
+    if match is None or (match[3] and not match[2]):
+        raise InputError(f"target_size: expected bytes such as 120MB or 1.5GiB, got {text!r}")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** " kmg".index(match[2] or " "))
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -414,6 +490,8 @@ def _string_tuple(value: object, what: str) -> tuple[str, ...]:
 
 
 def _override(data: object, source: str) -> Override:
+    if isinstance(data, Override):
+        return data
     if not isinstance(data, Mapping) or "match" not in data:
         raise InputError(f"{source}: overrides: each entry needs a 'match', got {data!r}")
     known = {f.name for f in dataclasses.fields(Override)}

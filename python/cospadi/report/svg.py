@@ -64,7 +64,9 @@ def linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [min(max(i * step, low), high) for i in range(first, last + 1)]  # products may be rounded out
+    return [
+        min(max(i * step, low), high) for i in range(first, last + 1)
+    ]  # products may be rounded out
 
 
 def log_ticks(low: float, high: float, count: int = 7) -> list[float]:

@@ -1,0 +1,78 @@
+"""Coefficients of as many bits as a budget allows: which integers, which scales, how many weights kept.
+
+Under ``coeffs_dtype: auto`` a linear keeps its own weights (identity atoms) as integers. From 4 bits on all of them, in
+the widest type that fits, with one scale per output and, where bits are left, one per group. Below, a part of them and
+a mask. What is best at a size was measured in the output metric on layer 15 of SmolLM2-135M off its grid
+(docs/results.md): one scale per output beats groups at equal bytes; half the weights in int4 equal all of them in
+int3, and masked int4 lies on the line from there to full int4; below 3 bits masked int3 is better than masked int4;
+above 4 bits full integers are better than a wider type with a mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from cospadi.learn.budget import VALUE_BITS, StorageWidths
+from cospadi.learn.quantize import StorageTypes
+
+AUTO = "auto"
+"""Name of the choice in recipes."""
+
+FULL_WIDTHS = (4, 5, 6, 8)
+"""Integers that keep every weight."""
+
+SMALLEST_GROUP = 32
+"""Coefficients that share a scale, at least."""
+
+LOWEST_BITS = 1.4
+"""Bits per weight below which nothing has been tried."""
+
+STEP = 0.1
+"""Bits between neighbouring sizes with a mask."""
+
+_SLACK = 1e-9
+
+
+def integer_types(bits: float, d_in: int) -> StorageTypes:
+    """Storage types for ``bits`` per weight of a linear with ``d_in`` inputs, mask and scales included."""
+    for width in reversed(FULL_WIDTHS):
+        spare = bits - full_bits(width, d_in)
+        if spare >= -_SLACK:
+            n_scales = 1 + math.floor(spare * d_in / VALUE_BITS + _SLACK)
+            return StorageTypes(coeffs=f"int{width}", coeffs_group=_group(d_in, n_scales))
+    is_masked = bits > full_bits(3, d_in) + STEP / 2
+    return StorageTypes(coeffs="int4" if is_masked else "int3")
+
+
+def integer_ratios(d_in: int) -> list[float]:
+    """Removed shares worth choosing from, ascending: every width with a scale per output, and sizes with a mask."""
+    full = [full_bits(width, d_in) for width in (3, *FULL_WIDTHS)]
+    steps = itertools.takewhile(
+        lambda bits: bits < full[1] - STEP / 2,
+        (STEP * step for step in itertools.count(round(LOWEST_BITS / STEP))),
+    )
+    # a mask with nearly everything behind it loses to no mask
+    masked = [b for b in steps if b < full[0] - 3 * STEP or b > full[0] + STEP]
+    return sorted(removed_share(bits + _SLACK) for bits in (*full, *masked))
+
+
+def full_bits(width: int, d_in: int) -> float:
+    """Bits per weight of all weights as integers, with one scale per output."""
+    return StorageWidths(coeffs=width, coeffs_scaled=True).row_bits(d_in) / d_in
+
+
+def removed_share(bits: float) -> float:
+    """Removed share of the bfloat16 bytes at ``bits`` per weight."""
+    return 1.0 - bits / VALUE_BITS
+
+
+def kept_bits(ratio: float) -> float:
+    """Bits per weight at a removed share."""
+    return (1.0 - ratio) * VALUE_BITS
+
+
+def _group(d_in: int, n_scales: int) -> int:
+    """Smallest group with at most ``n_scales`` scales per output; 0: one scale."""
+    group = max(SMALLEST_GROUP, 8 * math.ceil(math.ceil(d_in / n_scales) / 8))
+    return 0 if group >= d_in else group
