@@ -104,7 +104,7 @@ def main(directory: Path) -> None:
     """Run everything; finished parts are kept and not run again."""
     start = time.perf_counter()
     gguf = fetch_smollm2(directory / "source")
-    sparse, report = compress(directory, gguf, "cospadi", "--iterations", "5")
+    sparse, report = compress(directory, gguf, "cospadi")
     low_rank, _ = compress(directory, gguf, "svd-llm", "--method", "svd-llm")
     dense = directory / "dense"
     if not (dense / "config.json").exists():

@@ -20,7 +20,8 @@ from cospadi.pipeline.presets import PRESETS
 from cospadi.pipeline.recipe import Override, Recipe, recipe_from_mapping
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 
-FAST = {"ratio": 0.3, "samples": 12, "sequence_length": 64, "iterations": 2}
+BASE = {"ratio": 0.3, "samples": 12, "sequence_length": 64}
+FAST = {**BASE, "iterations": 2}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,8 @@ def job(tiny_model_dir, tiny_text, tmp_path):
 
     def run(family="llama", name="out", **settings):
         source, out = tiny_model_dir(family), tmp_path / name
-        settings = {**FAST, "calibration": str(tiny_text), **settings}
+        common = BASE if "dictionary" in settings else FAST
+        settings = {**common, "calibration": str(tiny_text), **settings}
         return source, out, compress(source, out, **settings)
 
     return run

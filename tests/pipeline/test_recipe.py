@@ -50,12 +50,15 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
         ({"overrides": [{"match": "x"}]}, "sets nothing"),
         ({"max_gram_gb": -1}, "max_gram_gb: expected more than 0"),
         ({"storage_dtype": "int8"}, "storage_dtype"),
-        ({"output_metric": "fisher"}, "output_metric: fisher needs identity atoms"),
+        (
+            {"output_metric": "fisher", "dictionary": "learned"},
+            "output_metric: fisher needs identity atoms",
+        ),
         (
             {"output_metric": "fisher", "dictionary": "augmented", "sequential": True},
             "output_metric: fisher works without sequential",
         ),
-        ({"allocation": "loss"}, "allocation: loss needs identity atoms"),
+        ({"allocation": "loss", "iterations": 3}, "allocation: loss needs identity atoms"),
         (
             {"allocation": "loss", "dictionary": "identity", "calibration": "none"},
             "allocation: loss needs calibration text",
@@ -69,6 +72,15 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
             r"ratio: allocation by loss works from 0\.05 to 0\.9",
         ),
         ({"allocation_reach": 0.0}, "allocation_reach"),
+        (
+            {"dictionary": "augmented", "solver": "omp"},
+            "solver: belongs to learned dictionaries, not to augmented ones",
+        ),
+        (
+            {"dictionary": "identity", "overrides": [{"match": "x", "k_over_s": 3.0}]},
+            "overrides.k_over_s: belongs to learned dictionaries",
+        ),
+        ({"bits": 4, "iterations": 20}, "iterations: belongs to learned dictionaries"),
         ({"backward_samples": 0}, "backward_samples"),
         ({"recipe_version": 99}, "recipe_version"),
         ({"calibration": ""}, "calibration"),
@@ -149,3 +161,22 @@ def test_sizes_in_words(text, size):
 def test_bad_budgets_are_named(data, message):
     with pytest.raises(InputError, match=message):
         recipe_from_mapping(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ({}, "augmented"),
+        ({"preset": "best"}, "augmented"),
+        ({"preset": "paper"}, "learned"),
+        ({"iterations": 8}, "learned"),  # the default value, but somebody asked for it
+        ({"solver": "omp"}, "learned"),
+        ({"overrides": [{"match": "x", "k_over_s": 3.0}]}, "learned"),
+        ({"method": "svd-llm"}, "learned"),
+        ({"coeffs_dtype": "int8"}, "augmented"),
+    ],
+)
+def test_atoms_where_nothing_is_said_about_them(data, kind):
+    recipe = recipe_from_mapping(data)
+    assert recipe.atoms == recipe.dictionary == kind
+    assert recipe_from_mapping(recipe.to_mapping()) == recipe

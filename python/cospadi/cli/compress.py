@@ -37,7 +37,9 @@ def compress_command(
         None, help="Settings to start from: fast (the defaults), paper, best."
     ),
     dictionary: str | None = typer.Option(
-        None, help="Atoms: learned, identity (the inputs), or both: augmented [learned]."
+        None,
+        help="Atoms: learned, identity (the inputs), or both: augmented [augmented; learned where one of --solver, "
+        "--iterations, --power-iterations, --k-over-s, --init is given].",
     ),
     solver: str | None = typer.Option(
         None, help="Sparse coding: auto, omp, ormp, obs, niht, htp or admm [auto]."

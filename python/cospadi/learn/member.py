@@ -13,7 +13,7 @@ from cospadi.learn.refit import refit_coefficients, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.whitening import Whitening
 
-REFIT_STEPS = 25
+REFIT_STEPS = 10
 """Conjugate gradient steps of `Member.refit`."""
 
 

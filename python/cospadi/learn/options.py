@@ -64,7 +64,7 @@ class LearnOptions:
     tolerance: float = 2e-3
     coding_batch: int = 0
     first_penalty: float = 0.01
-    penalty_growth: float = 1.1
+    penalty_growth: float = 1.15
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -174,9 +174,8 @@ class Split:
         fixed = self.identity
         gram, correlations, lengths = fixed.gram, fixed.correlations, fixed.lengths
         if self.dictionary.shape[1]:
-            rows, own_lengths = _unit_rows(
-                self.member.whitening.whiten_atoms(self.dictionary).float()
-            )
+            # float32 as all products here: in float64 this one would cost as much as the step itself
+            rows, own_lengths = _unit_rows((fixed.factor @ self.dictionary.float()).T)
             cross, own = rows @ fixed.unit.T, rows @ rows.T
             gram = torch.cat([torch.cat([gram, cross.T], 1), torch.cat([cross, own], 1)])
             gram.diagonal().fill_(1.0)
@@ -197,8 +196,9 @@ class Split:
 
 @dataclass
 class _Identity:
-    """What never changes: the identity atoms of one metric at unit norm, with their products."""
+    """What never changes: the identity atoms of one metric at unit norm, with their products; float32."""
 
+    factor: torch.Tensor
     unit: torch.Tensor
     lengths: torch.Tensor
     gram: torch.Tensor
@@ -245,10 +245,11 @@ def _levels(values: torch.Tensor) -> list[tuple[float, slice]]:
 
 
 def _identity_atoms(member: Member, signals: torch.Tensor) -> _Identity:
-    unit, lengths = _unit_rows(member.whitening.factor.T.float())
+    factor = member.whitening.factor.float()
+    unit, lengths = _unit_rows(factor.T)
     gram = unit @ unit.T
     gram.diagonal().fill_(1.0)
-    return _Identity(unit, lengths, gram, signals @ unit.T)
+    return _Identity(factor, unit, lengths, gram, signals @ unit.T)
 
 
 def _unit_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

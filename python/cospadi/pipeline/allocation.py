@@ -245,7 +245,6 @@ def _coarse_factors(given: FitInput, recipe: Recipe) -> list[Tensor] | None:
         recipe.learn_options(),
         first_penalty=max(COARSE_START, recipe.first_penalty),
         penalty_growth=max(COARSE_GROWTH, recipe.penalty_growth),
-        sweeps=1,
     )
     changes = []
     d_out, d_in = given.weight.shape

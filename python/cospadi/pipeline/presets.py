@@ -11,6 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # K-SVD with 8 power iterations, started from columns of the weight, K / s = 2, the coefficients of the last sweep
     # truncated to 14 bits so that they pay for the mask (Eq. 11), 256 windows of 1024 tokens.
     "paper": {
+        "dictionary": "learned",
         "solver": "omp",
         "iterations": 60,
         "tolerance": 0.0,
@@ -35,10 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # bytes weighed by what they do to the prediction (docs/results.md).
     "best": {
         "dictionary": "augmented",
-        "learned_share": 0.2,
         "output_metric": "fisher",
         "allocation": "loss",
         "backward_samples": 24,
-        "penalty_growth": 1.15,
+        "penalty_growth": 1.1,
     },
 }

@@ -38,6 +38,21 @@ SHARED_PROJECTIONS = (
 """Projections that share a dictionary where nothing else is asked for: those that read the residual stream, as in Basis
 Sharing (arXiv 2410.03765). Those that write to it (o, down) do not share."""
 
+LEARNED_ONLY = (
+    "solver",
+    "iterations",
+    "power_iterations",
+    "init",
+    "block_size",
+    "sweeps",
+    "unused",
+    "tolerance",
+    "update",
+    "coding_batch",
+    "k_over_s",
+)
+"""Settings of the alternation for dictionaries without identity atoms. Giving one asks for such a dictionary."""
+
 NO_CALIBRATION = "none"
 """The data-free mode: every input direction counts alike."""
 
@@ -69,8 +84,9 @@ class Recipe:
         Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
     k_over_s : float
         Atoms per coefficient of a column.
-    dictionary : {"learned", "identity", "augmented"}
-        Atoms of the method ``cospadi``: learned ones, the inputs themselves, or both.
+    dictionary : {"learned", "identity", "augmented"} or None
+        Atoms of the method ``cospadi``: learned ones (the paper), the inputs themselves, or both. None: both, but
+        learned ones where a setting of their alternation is given (`LEARNED_ONLY`).
     learned_share : float
         Part of the budget that an augmented dictionary spends on learned atoms.
     allocation : {"uniform", "loss"}
@@ -140,8 +156,8 @@ class Recipe:
     ratio: float = 0.2
     ratio_convention: RatioConvention = "stored"
     k_over_s: float = 2.0
-    dictionary: DictionaryKind = "learned"
-    learned_share: float = 0.1
+    dictionary: DictionaryKind | None = None
+    learned_share: float = 0.2
     allocation: Allocation = "uniform"
     allocation_reach: float = 0.4
     output_metric: OutputMetricKind = "none"
@@ -157,7 +173,7 @@ class Recipe:
     update: Update = "ksvd"
     coding_batch: int = 0
     first_penalty: float = 0.01
-    penalty_growth: float = 1.1
+    penalty_growth: float = 1.15
     refit: bool = True
     group_size: int = 1
     group_targets: tuple[str, ...] = SHARED_PROJECTIONS
@@ -187,8 +203,11 @@ class Recipe:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("ratio_convention", self.ratio_convention, get_args(RatioConvention))
         _check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
+        if self.dictionary is not None:
+            _check_choice("dictionary", self.dictionary, get_args(DictionaryKind))
+        # said once here, so that a written recipe says it too
+        object.__setattr__(self, "dictionary", self.atoms)
         for name, kind in (
-            ("dictionary", DictionaryKind),
             ("group_objective", GroupObjective),
             ("grouping", Grouping),
             ("output_metric", OutputMetricKind),
@@ -235,6 +254,8 @@ class Recipe:
 
     def _check_combinations(self) -> None:
         method = METHODS[self.method]
+        if self.coeffs_dtype == AUTO:
+            self._check_auto()
         if self.group_size > 1 and not method.can_share:
             able = ", ".join(name for name, entry in METHODS.items() if entry.can_share)
             raise InputError(f"group_size: {self.method} shares no dictionaries; {able} can")
@@ -247,9 +268,14 @@ class Recipe:
             raise InputError("sequential: needs calibration text and a method that uses it")
         if self.shrinkage is not None and not 0.0 <= self.shrinkage <= 1.0:
             raise InputError(f"shrinkage: expected 0 to 1, got {self.shrinkage!r}")
-        if self.dictionary != "learned" and self.method != "cospadi":
+        if self.dictionary not in (None, "learned") and self.method != "cospadi":
             raise InputError(
                 f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
+            )
+        if self.method == "cospadi" and self.atoms != "learned" and self._of_alternation():
+            raise InputError(
+                f"{self._of_alternation()[0]}: belongs to learned dictionaries, not to {self.atoms} ones; leave it out "
+                "or give --dictionary learned"
             )
         for name, value, off in (
             ("output_metric", self.output_metric, "none"),
@@ -276,7 +302,6 @@ class Recipe:
                 f"allocation_reach: expected a share above 0 and up to 1, got {self.allocation_reach!r}"
             )
         if self.coeffs_dtype == AUTO:
-            self._check_auto()
             return
         types = self.storage_types()
         if method.form == "rounded" and types.coeffs not in INTEGER_BITS:
@@ -307,8 +332,21 @@ class Recipe:
 
     @property
     def atoms(self) -> DictionaryKind:
-        """Atoms of the method ``cospadi``: `dictionary`, but the inputs where integers are chosen by budget."""
-        return "identity" if self.coeffs_dtype == AUTO else self.dictionary
+        """Atoms of the method: `dictionary`, but the inputs where integers are chosen by budget."""
+        if self.coeffs_dtype == AUTO:
+            return "identity"
+        if self.dictionary is not None:
+            return self.dictionary
+        is_learned = self.method != "cospadi" or bool(self._of_alternation())
+        return "learned" if is_learned else "augmented"
+
+    def _of_alternation(self) -> list[str]:
+        """Settings of the alternation that do not have their default value."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changed = [name for name in LEARNED_ONLY if getattr(self, name) != defaults[name]]
+        if any(override.k_over_s is not None for override in self.overrides):
+            changed.append("overrides.k_over_s")
+        return changed
 
     def types_at(self, ratio: float, d_in: int) -> StorageTypes:
         """How dictionary and coefficients of a linear are stored that loses the share ``ratio``."""
@@ -359,6 +397,11 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
             )
         values = {**PRESETS[preset], **values}
     _set_budget(values, data, source)
+    if values.get("dictionary") is None and any(
+        values.get(key) is not None for key in LEARNED_ONLY
+    ):
+        # a written recipe names its dictionary
+        values["dictionary"] = "learned"
     version = values.pop("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise InputError(f"{source}: recipe_version {version!r} is not {RECIPE_VERSION}")
