@@ -10,6 +10,7 @@ import torch
 from cospadi import native
 from cospadi.learn import feedback
 from cospadi.learn.feedback import round_with_feedback
+from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import quantise_integers
 from cospadi.learn.result import dense_code, top_support
 
@@ -53,7 +54,9 @@ def test_a_diagonal_metric_couples_nothing(n):
     gram, rows, _, coeffs, steps = problem(n, 12, 1)
     alone = round_with_feedback(gram, None, None, coeffs, steps, 3)
     diagonal = torch.diag(rows.diagonal())
-    assert torch.equal(round_with_feedback(gram, diagonal, None, coeffs, steps, 3), alone)
+    assert torch.equal(
+        round_with_feedback(gram, OutputMetric(diagonal, 1.0), None, coeffs, steps, 3), alone
+    )
 
 
 @pytest.mark.parametrize("sparsity", [None, 14])
@@ -63,7 +66,7 @@ def test_coupled_rows_lose_less(n, sparsity):
     for seed in range(8):
         given = problem(n, 24, seed, sparsity=sparsity)
         gram, rows, indices, coeffs, steps = given
-        fields = round_with_feedback(gram, rows, indices, coeffs, steps, 3)
+        fields = round_with_feedback(gram, OutputMetric(rows, 1.0), indices, coeffs, steps, 3)
         assert int(fields.abs().max()) <= 3
         together += loss(*given, fields)
         alone += loss(*given, round_with_feedback(gram, None, indices, coeffs, steps, 3))
@@ -76,7 +79,9 @@ def test_row_by_row_comes_near_the_best_integers(monkeypatch):
     for seed in range(20):
         given = problem(2, 3, seed, bits=3)
         gram, rows, indices, coeffs, steps = given
-        found += loss(*given, round_with_feedback(gram, rows, indices, coeffs, steps, 1))
+        found += loss(
+            *given, round_with_feedback(gram, OutputMetric(rows, 1.0), indices, coeffs, steps, 1)
+        )
         grid = itertools.product((-1, 0, 1), repeat=6)
         best += min(loss(*given, torch.tensor(choice).reshape(2, 3)) for choice in grid)
     assert best <= found < 1.25 * best
@@ -89,7 +94,9 @@ def test_small_blocks_are_better_than_one_large(monkeypatch):
         losses[block] = 0.0
         for seed in range(6):
             given = problem(64, 20, seed)
-            losses[block] += loss(*given, round_with_feedback(*given, 3))
+            gram, rows, indices, coeffs, steps = given
+            fields = round_with_feedback(gram, OutputMetric(rows, 1.0), indices, coeffs, steps, 3)
+            losses[block] += loss(*given, fields)
     assert losses[1] <= losses[8] * 1.02 < losses[64]
 
 
@@ -97,7 +104,7 @@ def test_groups_of_steps_reach_every_row():
     gram, rows, _, coeffs, _ = problem(20, 16, 5)
     chosen = quantise_integers(coeffs, 4, group=5)
     steps = chosen.scale.float()
-    fields = round_with_feedback(gram, rows, None, coeffs, steps, 7, group=5)
+    fields = round_with_feedback(gram, OutputMetric(rows, 1.0), None, coeffs, steps, 7, group=5)
     per_value = steps.repeat_interleave(5, dim=1)[:, :16]
     error = (coeffs - fields * per_value).double()
     plain = (coeffs - chosen.values).double()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.errors import InputError
-from cospadi.learn import splitting
+from cospadi.learn import output_metric as metrics
 from cospadi.learn.augmented import fit_augmented
 from cospadi.learn.group import unit_columns
 from cospadi.learn.member import Member
@@ -124,7 +124,7 @@ def test_dictionary_update_is_least_squares_in_the_metric():
 @pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize("n_atoms", [0, 3])
 def test_split_step_solves_its_penalised_problem(monkeypatch, fisher, n_atoms):
-    monkeypatch.setattr(splitting, "LEVEL_RATIO", 1.0)  # every eigenvalue by itself
+    monkeypatch.setattr(metrics, "LEVEL_RATIO", 1.0)  # every eigenvalue by itself
     item, _ = member(fisher=fisher)
     dictionary = torch.randn(
         18, n_atoms, generator=torch.Generator().manual_seed(7), dtype=torch.float64
@@ -157,7 +157,7 @@ def test_rotated_codes_follow_the_codes():
 
 @pytest.mark.parametrize("fisher", [False, True])
 def test_update_inside_the_rise_is_the_general_one(monkeypatch, fisher):
-    monkeypatch.setattr(splitting, "LEVEL_RATIO", 1.0)
+    monkeypatch.setattr(metrics, "LEVEL_RATIO", 1.0)
     item, _ = member(fisher=fisher)
     split = Split(item, torch.randn(18, 3, generator=torch.Generator().manual_seed(7)).double())
     split.step(0.1, 8)
@@ -198,7 +198,7 @@ def test_members_with_metrics_of_their_own_share_the_learned_atoms():
 
 def test_levels_cover_the_spectrum():
     values = torch.tensor([0.1, 0.15, 0.19, 0.5, 3.0, 3.1], dtype=torch.float64)
-    levels = splitting._levels(values)
+    levels = metrics._levels(values)
     assert [(rows.start, rows.stop) for _, rows in levels] == [(0, 3), (3, 4), (4, 6)]
     assert sum(value * (rows.stop - rows.start) for value, rows in levels) == pytest.approx(
         float(values.sum())

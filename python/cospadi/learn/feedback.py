@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from cospadi import native
+from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.refit import solve_on_support
 from cospadi.learn.result import dense_code
 
@@ -28,7 +29,7 @@ PROJECTION_STEPS = 12
 
 def round_with_feedback(
     gram: torch.Tensor,
-    rows: torch.Tensor | None,
+    output: OutputMetric | None,
     indices: torch.Tensor | None,
     coeffs: torch.Tensor,
     steps: torch.Tensor,
@@ -42,8 +43,8 @@ def round_with_feedback(
     ----------
     gram : torch.Tensor
         ``[A, A]`` float32 G of the atoms.
-    rows : torch.Tensor or None
-        ``[n, n]`` float64 output metric B, positive definite; None: rows do not know of each other.
+    output : OutputMetric or None
+        Metric B of the n outputs; None: rows do not know of each other.
     indices : torch.Tensor or None
         ``[n, s]`` int32 supports, ascending; None: every row uses all atoms.
     coeffs : torch.Tensor
@@ -60,11 +61,10 @@ def round_with_feedback(
     torch.Tensor
         ``[n, s]`` int32.
     """
-    if rows is None:
+    if output is None:
         return native.round_code(gram, indices, coeffs, steps, limit, group=group).fields
     n, sparsity = coeffs.shape
-    order = rows.diagonal().argsort(descending=True, stable=True)
-    upper = _inverse_factor(rows[order][:, order])
+    order, upper = output.feedback
     targets = _dense(indices, coeffs, gram.shape[0])[order]
     fields = torch.empty((n, sparsity), dtype=torch.int32)
     for first in range(0, n, BLOCK):
@@ -86,12 +86,6 @@ def round_with_feedback(
         own = torch.linalg.solve_triangular(upper[first:last, first:last].T, error, upper=False)
         targets[last:] -= upper[first:last, last:].T @ own
     return fields
-
-
-def _inverse_factor(rows: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with ``rows^-1 = U^T U``, float32."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(rows.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _dense(indices: torch.Tensor | None, values: torch.Tensor, n_atoms: int) -> torch.Tensor:

@@ -18,6 +18,33 @@ SHRINKAGE = 0.1
 """Share of the identity in the metric: F comes from some ten thousand tokens with one drawn label each."""
 
 
+LEVEL_RATIO = 2.0
+"""Eigenvalues within this factor count as one: the same problem for a metric as good as an estimated one."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitOutputs:
+    """An output metric at unit diagonal, in its eigenvectors; float32.
+
+    Attributes
+    ----------
+    weights : torch.Tensor
+        ``[d_out]``; the metric is ``matrix`` times these from both sides.
+    matrix, vectors : torch.Tensor
+        ``[d_out, d_out]``.
+    values : torch.Tensor
+        ``[d_out]`` eigenvalues, ascending, those within a factor of `LEVEL_RATIO` replaced by their mean.
+    levels : list of (float, slice)
+        The distinct ones with the columns of `vectors` that they belong to.
+    """
+
+    weights: torch.Tensor
+    matrix: torch.Tensor
+    vectors: torch.Tensor
+    values: torch.Tensor
+    levels: list[tuple[float, slice]]
+
+
 @dataclass(frozen=True)
 class OutputMetric:
     """Shrunk Fisher matrix of an output.
@@ -40,6 +67,21 @@ class OutputMetric:
         if int(info) != 0:
             raise FitError("the output metric is not positive definite")
         return upper
+
+    @cached_property
+    def unit(self) -> UnitOutputs:
+        """The metric in its eigenvectors; kept, because several fits of one weight need it."""
+        return _unit_outputs(self.matrix)
+
+    @cached_property
+    def feedback(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Order of rounding the outputs, ``[d_out]``, and float32 U with ``matrix^-1 = U^T U`` in it, upper triangular.
+
+        The outputs whose errors cost most come first, so that all others can answer to them.
+        """
+        order = self.matrix.diagonal().argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.matrix[order][:, order]))
+        return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def output_metric(
@@ -79,3 +121,27 @@ def output_metric(
     matrix = (fisher + fisher.T) * (0.5 * (1.0 - shrinkage) / scale)
     matrix.diagonal().add_(shrinkage)
     return OutputMetric(matrix, scale)
+
+
+def _unit_outputs(metric: torch.Tensor) -> UnitOutputs:
+    weights = metric.diagonal().sqrt()
+    matrix = metric / weights[:, None] / weights
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError as error:
+        raise FitError(f"the eigendecomposition of an output metric failed: {error}") from error
+    levels = _levels(values)
+    for value, rows in levels:
+        values[rows] = value
+    return UnitOutputs(weights.float(), matrix.float(), vectors.float(), values.float(), levels)
+
+
+def _levels(values: torch.Tensor) -> list[tuple[float, slice]]:
+    """Ascending positive eigenvalues in runs of a factor `LEVEL_RATIO`, each with its mean."""
+    levels, start = [], 0
+    while start < values.numel():
+        reach = float(values[start]) * LEVEL_RATIO
+        stop = int(torch.searchsorted(values, reach, right=True))
+        levels.append((float(values[start:stop].mean()), slice(start, stop)))
+        start = stop
+    return levels

@@ -240,7 +240,7 @@ def _with_feedback(
     steps = coeffs.scale.float()
     fields = round_with_feedback(
         atoms @ atoms.T,
-        None if output is None else output.matrix,
+        output,
         None if factor.full_support else factor.indices.contiguous(),
         factor.coeffs.float(),
         steps,

@@ -22,12 +22,8 @@ from cospadi.learn.coding.iterative import ridged_factor
 from cospadi.learn.coding.problem import support_mask
 from cospadi.learn.member import Member
 from cospadi.learn.mod import RELATIVE_RIDGE, relative_ridge
-from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.refit import solve_on_support, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor, top_support
-
-LEVEL_RATIO = 2.0
-"""Eigenvalues of an output metric within this factor count as one."""
 
 
 class Split:
@@ -56,7 +52,7 @@ class Split:
     def __init__(self, member: Member, dictionary: torch.Tensor) -> None:
         self.member = member
         self.d_in = member.weight.shape[1]
-        self.outputs = None if member.output is None else _unit_outputs(member.output)
+        self.outputs = None if member.output is None else member.output.unit
         self.signals = self._rotate(self._weigh(member.signals.float()))
         self.weight = self._rotate(self._weigh(member.weight.float()))
         self.identity = _identity_atoms(member, self.signals)
@@ -203,45 +199,6 @@ class _Identity:
     lengths: torch.Tensor
     gram: torch.Tensor
     correlations: torch.Tensor
-
-
-@dataclass
-class _UnitOutputs:
-    """An output metric at unit diagonal, ``weights`` times it from both sides; float32.
-
-    ``levels`` are the rounded eigenvalues with the columns of ``vectors`` that they belong to, ``values`` the same as a
-    vector.
-    """
-
-    weights: torch.Tensor
-    matrix: torch.Tensor
-    vectors: torch.Tensor
-    values: torch.Tensor
-    levels: list[tuple[float, slice]]
-
-
-def _unit_outputs(metric: OutputMetric) -> _UnitOutputs:
-    weights = metric.matrix.diagonal().sqrt()
-    matrix = metric.matrix / weights[:, None] / weights
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except RuntimeError as error:
-        raise FitError(f"the eigendecomposition of an output metric failed: {error}") from error
-    levels = _levels(values)
-    for value, rows in levels:
-        values[rows] = value
-    return _UnitOutputs(weights.float(), matrix.float(), vectors.float(), values.float(), levels)
-
-
-def _levels(values: torch.Tensor) -> list[tuple[float, slice]]:
-    """Ascending positive eigenvalues in runs of a factor `LEVEL_RATIO`, each with its mean."""
-    levels, start = [], 0
-    while start < values.numel():
-        reach = float(values[start]) * LEVEL_RATIO
-        stop = int(torch.searchsorted(values, reach, right=True))
-        levels.append((float(values[start:stop].mean()), slice(start, stop)))
-        start = stop
-    return levels
 
 
 def _identity_atoms(member: Member, signals: torch.Tensor) -> _Identity:
