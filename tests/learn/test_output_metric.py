@@ -7,6 +7,7 @@ import torch
 
 from cospadi.errors import InputError
 from cospadi.learn import output_metric as metrics
+from cospadi.learn import splitting
 from cospadi.learn.augmented import fit_augmented
 from cospadi.learn.group import unit_columns
 from cospadi.learn.member import Member
@@ -157,6 +158,7 @@ def test_rotated_codes_follow_the_codes():
 
 @pytest.mark.parametrize("fisher", [False, True])
 def test_update_inside_the_rise_is_the_general_one(monkeypatch, fisher):
+    monkeypatch.setattr(splitting, "ATOM_RELAXATION", 1.0)
     monkeypatch.setattr(metrics, "LEVEL_RATIO", 1.0)
     item, _ = member(fisher=fisher)
     split = Split(item, torch.randn(18, 3, generator=torch.Generator().manual_seed(7)).double())

@@ -63,8 +63,8 @@ class LearnOptions:
     unused: Unused = "skip"
     tolerance: float = 2e-3
     coding_batch: int = 0
-    first_penalty: float = 0.01
-    penalty_growth: float = 1.15
+    first_penalty: float = 0.005
+    penalty_growth: float = 1.2
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -25,6 +25,13 @@ from cospadi.learn.mod import RELATIVE_RIDGE, relative_ridge
 from cospadi.learn.refit import solve_on_support, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor, top_support
 
+CODE_RELAXATION = 1.3
+"""Over-relaxation of the solution over all atoms, as is usual in ADMM (Eckstein and Bertsekas 1992)."""
+
+ATOM_RELAXATION = 1.7
+"""How far learned atoms move towards, and beyond, their least-squares place. They lag behind the codes during the rise;
+with both factors errors are 5 to 8 % lower after as many steps (docs/results.md). Below 2 no move raises the error."""
+
 
 class Split:
     """Codes of one member in the two forms of the splitting, for the unit-norm atoms of its metric.
@@ -68,6 +75,8 @@ class Split:
     def step(self, penalty: float, sparsity: int) -> bool:
         """One step of the splitting; whether a support moved."""
         solution = self._solve(penalty)
+        before_step = self.sparse if self.outputs is None else self.rotated_sparse
+        solution = CODE_RELAXATION * solution + (1.0 - CODE_RELAXATION) * before_step
         self.dual += solution if self.outputs is None else self.outputs.vectors @ solution
         self.indices = top_support(self.dual.abs(), sparsity)
         before, self.mask = self.mask, support_mask(self.indices, self.problem.n_atoms)
@@ -87,7 +96,7 @@ class Split:
             self.rotated_dual /= growth
 
     def update_dictionary(self) -> None:
-        """Move the learned atoms to their least-squares place for the sparse code, to unit norm.
+        """Move the learned atoms beyond their least-squares place for the sparse code, to unit norm.
 
         The normal equations of `cospadi.learn.shared_dictionary` for one member, in float32: the atoms move again in
         the next step. As there, they are solved for the change, with a small ridge.
@@ -103,7 +112,7 @@ class Split:
         lower, info = torch.linalg.cholesky_ex(gram)
         if int(info) != 0:
             raise FitError("the learned atoms have no solution: the code is not finite")
-        columns = self.dictionary + torch.cholesky_solve(right, lower).T
+        columns = self.dictionary + ATOM_RELAXATION * torch.cholesky_solve(right, lower).T
         norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         before = self.problem.lengths[self.d_in :]
         self.dictionary = columns / norms

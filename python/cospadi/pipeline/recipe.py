@@ -172,8 +172,8 @@ class Recipe:
     tolerance: float = 2e-3
     update: Update = "ksvd"
     coding_batch: int = 0
-    first_penalty: float = 0.01
-    penalty_growth: float = 1.15
+    first_penalty: float = 0.005
+    penalty_growth: float = 1.2
     refit: bool = True
     group_size: int = 1
     group_targets: tuple[str, ...] = SHARED_PROJECTIONS
