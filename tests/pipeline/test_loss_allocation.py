@@ -10,6 +10,7 @@ import torch
 import cospadi
 from cospadi.checkpoint.manifest import MANIFEST_FILE
 from cospadi.pipeline.compress import compress
+from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.verify import verify_errors
 
 SETTINGS = {
@@ -56,7 +57,19 @@ def test_report_says_what_each_got_and_why(job):
     report = json.loads((out / "cospadi_report.json").read_text())["allocation"]
     allocated = event_of(events, "allocated")
     assert report == {key: allocated[key] for key in report}
-    assert set(report) == {"ratios", "curves", "predicted_loss", "predicted_uniform"}
+    assert set(report) == {
+        "ratios",
+        "losses",
+        "even_losses",
+        "curves",
+        "predicted_loss",
+        "predicted_uniform",
+    }
+    assert sum(report["losses"].values()) == pytest.approx(report["predicted_loss"])
+    assert sum(report["even_losses"].values()) == pytest.approx(report["predicted_uniform"])
+    inspected = inspect_checkpoint(out)["modules"]
+    assert {name: module["loss"] for name, module in inspected.items()} == report["losses"]
+    assert {name: m["even_loss"] for name, m in inspected.items()} == report["even_losses"]
 
 
 def test_shares_reach_no_further_than_asked(tiny_model_dir, tiny_text, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -13,7 +14,10 @@ def inspect_command(
     directory: Path = typer.Argument(..., help="Compressed directory."),
     json_out: Path | None = typer.Option(None, "--json", help="Write as JSON; - for stdout."),
 ) -> None:
-    """Show what is in a compressed directory: per module k, s, shapes and error; three ratios."""
+    """Show what is in a compressed directory: per module k, s, shapes, bits and error; ratios.
+
+    Where the budget was divided by loss: what each module was predicted to cost, and with an even share.
+    """
     from cospadi.pipeline.finalize import REPORT_FILE
     from cospadi.pipeline.inspect import inspect_checkpoint
 
@@ -33,8 +37,9 @@ def inspect_command(
         error = "?" if name in unknown else format(errors[name], ".4f")
         typer.echo(
             f"{name}  {module['d_in']}x{module['d_out']}  k={module['n_atoms']} s={module['sparsity']} "
-            f"{module['support']}  error {error}  "
-            f"{module['stored_bytes']:,} bytes"
+            f"{module['support']} {module['coeffs_dtype']}  error {error}  "
+            f"{module['stored_bytes']:,} bytes, {module['bits_per_weight']:.2f} bits per weight"
+            + _describe_loss(module)
         )
     for part in ("linears", "model"):
         ratio = data["ratio"][part]
@@ -44,3 +49,10 @@ def inspect_command(
         )
     if data["failed"]:
         typer.echo(f"left dense after a failure: {', '.join(map(str, data['failed']))}")
+
+
+def _describe_loss(module: dict[str, Any]) -> str:
+    """What the module costs the prediction, where the budget was divided by that."""
+    if module["loss"] is None or module["even_loss"] is None:
+        return ""
+    return f"  predicted loss {module['loss']:.2e} (even share: {module['even_loss']:.2e})"

@@ -52,6 +52,8 @@ class Allocation:
 
     Attributes
     ----------
+    ratio : float
+        The recipe's.
     ratios : dict
         Removed share by module name.
     curves : dict
@@ -60,6 +62,7 @@ class Allocation:
         Sums of the curves at these shares, and at the recipe's ratio everywhere.
     """
 
+    ratio: float
     ratios: dict[str, float]
     curves: dict[str, LossCurve]
     predicted_loss: float
@@ -69,6 +72,8 @@ class Allocation:
         """Plain data for the report and the log."""
         return {
             "ratios": {name: round(share, 4) for name, share in self.ratios.items()},
+            "losses": {n: self.curves[n].at(share) for n, share in self.ratios.items()},
+            "even_losses": {name: curve.at(self.ratio) for name, curve in self.curves.items()},
             "curves": {
                 name: {"ratios": list(curve.ratios), "losses": list(curve.losses)}
                 for name, curve in self.curves.items()
@@ -118,6 +123,7 @@ def allocate_ratios(
     )
     ratios = {target.name: share for target, share in zip(taking_part, shares, strict=True)}
     allocation = Allocation(
+        recipe.ratio,
         ratios,
         {name: curves[name] for name in ratios},
         predicted_loss=sum(curves[name].at(share) for name, share in ratios.items()),

@@ -34,7 +34,9 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     dict
         ``modules``: per module sizes and storage types, ``dictionary`` (name of the module whose
         dictionary it uses, None for its own: the bytes below then leave the dictionary to that
-        module), stored_bytes, file_bytes, relative_error (None if not reported), weight_error, seconds.
+        module), stored_bytes, file_bytes, bits_per_weight, relative_error (None if not reported), weight_error,
+        seconds; where the budget was divided by loss, ``loss`` that the module was predicted to cost (nats per token)
+        and ``even_loss`` with the same share for all, else None.
         ``bytes`` and ``ratio`` for ``linears`` (the compressed ones) and ``model``; a ratio is the
         removed share of values (mask not counted), by the paper's Eq. 10 (``mask16``) and Eq. 11
         (``mask14``), of stored bytes (mask counted, from the sizes), and of file bytes (what the files
@@ -49,6 +51,7 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     report = read_report(Path(directory))
     reported = report.get("modules")
     reported = reported if isinstance(reported, dict) else {}
+    losses, even_losses = _losses(report, "losses"), _losses(report, "even_losses")
     modules: dict[str, Any] = {}
     for name, entry in checkpoint.data.modules.items():
         spec = entry.spec
@@ -71,6 +74,9 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
             "stored_bytes": spec.stored_bytes,
             "file_bytes": _file_bytes(checkpoint, name),
             "dense_bytes": spec.dense_bits // 8,
+            "bits_per_weight": spec.stored_bits / (spec.d_in * spec.d_out),
+            "loss": losses.get(name),
+            "even_loss": even_losses.get(name),
             "relative_error": entry_report.get("relative_error"),
             "weight_error": entry_report.get("weight_error"),
             "seconds": entry_report.get("seconds"),
@@ -84,6 +90,14 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         "failed": failed if isinstance(failed, list) else [],
         **_ratios(checkpoint),
     }
+
+
+def _losses(report: dict[str, Any], key: str) -> dict[str, float]:
+    allocation = report.get("allocation")
+    found = allocation.get(key) if isinstance(allocation, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    return {name: loss for name, loss in found.items() if isinstance(loss, (int, float))}
 
 
 def _file_bytes(checkpoint: CompressedCheckpoint, module: str) -> int:
