@@ -21,11 +21,15 @@ class InputError(CospadiError, ValueError):
 
 
 class CheckpointError(InputError):
-    """A compressed checkpoint that is damaged, inconsistent or made by a newer version."""
+    """A compressed checkpoint that is damaged or inconsistent, or one of the types below."""
 
 
 class NotCompressedError(CheckpointError):
     """There is no compressed checkpoint: no folder, no config, or a config without our compression."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version of cospadi made: not damaged, but not ours to read."""
 
 
 class NativeError(CospadiError, RuntimeError):

@@ -396,6 +396,17 @@ def test_unwritable_output(cli, tiny_model_dir, tmp_path):
     assert code == 2 and "cannot be written" in stderr
 
 
+def test_unwritable_json_is_refused_before_the_work(cli, tiny_model_dir, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    for command in (
+        ("eval", "no such model", "--text", "no such text"),
+        ("generate", "no such model", "--prompt", "The"),
+    ):
+        code, _, stderr = cli(*command, "--json", blocker / "result.json")
+        assert code == 2 and "--json" in stderr and "cannot be written" in stderr
+
+
 def test_layers_left_dense_after_a_failure_give_exit_3(cli, damaged_dir, tiny_text, tmp_path):
     weights = damaged_dir / "model.safetensors"
     tensors = load_file(weights)
@@ -433,7 +444,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(tiny_model_dir, tiny_text, tm
             break
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert one_line(stderr) == "interrupted; finished matrices are kept, the same command resumes"
+    assert one_line(stderr) == "interrupted; what is finished is kept, the same command resumes"
     assert not out.exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming: " in done.stdout

@@ -99,6 +99,13 @@ def test_command_line_settings_are_yaml_values():
             parse_setting(text)
 
 
+def test_a_key_given_twice_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("ratio: 0.2\nsamples: 8\nratio: 0.3\n")
+    with pytest.raises(InputError, match=r"line 3: not valid YAML: key 'ratio' is given twice"):
+        load_recipe(file)
+
+
 def test_broken_recipe_file_names_the_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("ratio: 0.2\nmethod: [cospadi\n")

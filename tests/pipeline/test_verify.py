@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import cospadi
 from cospadi.checkpoint.manifest import MANIFEST_FILE, has_manifest, write_manifest
-from cospadi.errors import InputError, NotCompressedError, VerificationError
+from cospadi.errors import InputError, NewerFormatError, NotCompressedError, VerificationError
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 from tiny_models import make_model
@@ -244,3 +244,16 @@ def test_non_finite_coefficients_are_found_behind_right_hashes(copied):
     write_manifest(copied)
     with pytest.raises(VerificationError, match=f"{Q_PROJ}.coeffs"):
         verify_checkpoint(copied)
+
+
+def test_a_newer_version_is_not_damage(copied):
+    """Only with the hashes of a newer writer: an edited version number alone is damage."""
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match="newer version"):
+        verify_checkpoint(copied)
+    write_manifest(copied)
+    with pytest.raises(NewerFormatError, match="format_version 99: made by a newer version"):
+        verify_checkpoint(copied)
+    assert NewerFormatError.exit_code == 2

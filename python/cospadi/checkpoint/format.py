@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from cospadi.checkpoint.strict_json import brief_text, check_plain
-from cospadi.errors import CheckpointError, InputError
+from cospadi.errors import CheckpointError, InputError, NewerFormatError
 from cospadi.factor import (
     COEFFS_DTYPES,
     DICTIONARY_DTYPES,
@@ -365,8 +365,8 @@ def _parse_modules(value: object) -> dict[str, ModuleEntry]:
     return {name: ModuleEntry.parse(item, name) for name, item in value.items()}
 
 
-def _newer(where: str, what: str) -> CheckpointError:
-    return CheckpointError(
+def _newer(where: str, what: str) -> NewerFormatError:
+    return NewerFormatError(
         f"{where}: {what}: made by a newer version, this one reads format {FORMAT_VERSION}; "
         "upgrade cospadi"
     )

@@ -140,7 +140,7 @@ def _read_checkpoint(folder: Path) -> CompressedCheckpoint:
     try:
         data = CospadiConfigData.parse(section)
     except CheckpointError as error:
-        raise CheckpointError(f"{config_file}: {error}") from None
+        raise type(error)(f"{config_file}: {error}") from None
     tensors = read_headers(folder)
     check_tensors(data, tensors)
     return CompressedCheckpoint(folder, config, data, tensors)

@@ -74,7 +74,7 @@ def _run() -> int:
     code = result if isinstance(result, int) else 0
     if code == EXIT_INTERRUPTED:
         resumes = any(argument in _RESUMABLE for argument in sys.argv[1:2])
-        kept = "; finished matrices are kept, the same command resumes" if resumes else ""
+        kept = "; what is finished is kept, the same command resumes" if resumes else ""
         typer.echo(f"interrupted{kept}", err=True)
     return code
 

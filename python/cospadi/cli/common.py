@@ -57,6 +57,19 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def check_json(path: Path | None) -> None:
+    """Refuse a place for ``--json`` that cannot be written, before the work whose result goes there."""
+    if path is None or str(path) == "-":
+        return
+    existed = path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
 def write_json(path: Path | None, data: object) -> None:
     """Write ``data`` as JSON if a path was given; ``-`` is standard output."""
     if path is None:

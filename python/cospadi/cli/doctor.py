@@ -26,6 +26,7 @@ def doctor_command(
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
         **native.runtime_info(),
+        "cuda_kernels": "none in this version",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

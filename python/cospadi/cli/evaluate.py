@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cospadi.cli.common import (
+    check_json,
     quiet_libraries,
     set_threads,
     show_warning,
@@ -56,6 +57,7 @@ def eval_command(
     """
     quiet_libraries()
     set_threads(threads)
+    check_json(json_out)
     if text is None and tasks is None:
         raise InputError("eval: nothing to measure: give --text, --tasks, or both")
     if tasks is None and (task_data is not None or limit is not None):

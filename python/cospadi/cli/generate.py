@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cospadi.cli.common import quiet_libraries, set_threads, show_warning, write_json
+from cospadi.cli.common import check_json, quiet_libraries, set_threads, show_warning, write_json
 
 
 def generate_command(
@@ -26,6 +26,7 @@ def generate_command(
     """Continue a prompt greedily and print tokens per second of decoding (prefill not counted)."""
     quiet_libraries()
     set_threads(threads)
+    check_json(json_out)
     from cospadi.evaluation.generation import generate_text
     from cospadi.pipeline.open_model import open_model, require_tokenizer
 

@@ -24,8 +24,8 @@ def verify_command(
     """Check hashes, shapes, masks and values of a compressed directory, and with --source its stated errors.
 
     Exit codes: 0 everything holds (without a manifest, as save_pretrained leaves it, hashes are not checked: a note
-    says so); 2 no compressed directory, or a source or calibration that cannot be opened; 4 something is missing,
-    damaged, cannot be read or contradicts what is stated, or the source is another model.
+    says so); 2 no compressed directory, one made by a newer version, or a source or calibration that cannot be opened;
+    4 something is missing, damaged, cannot be read or contradicts what is stated, or the source is another model.
     """
     quiet_libraries()
     set_threads(threads)

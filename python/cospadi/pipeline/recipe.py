@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -451,6 +451,23 @@ def _set_budget(values: dict[str, Any], given: Mapping[str, Any], source: str) -
         values["coeffs_dtype"] = AUTO
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, Hashable):
+                continue  # refused below
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``120MB``, ``1.5 GB``, ``900 KiB`` or a plain number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", text.lower())
@@ -468,11 +485,13 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file}: cannot be read: {error}") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
-        raise InputError(f"recipe {file}{line}: not valid YAML") from None
+        problem = getattr(error, "problem", None)
+        detail = f": {problem}" if problem else ""
+        raise InputError(f"recipe {file}{line}: not valid YAML{detail}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -14,7 +14,13 @@ from cospadi.calibration.statistics import collect_grams
 from cospadi.checkpoint.manifest import has_manifest, verify_manifest
 from cospadi.checkpoint.reader import CompressedCheckpoint, checked_file, read_checkpoint
 from cospadi.checkpoint.strict_json import read_json_object
-from cospadi.errors import CheckpointError, InputError, NotCompressedError, VerificationError
+from cospadi.errors import (
+    CheckpointError,
+    InputError,
+    NewerFormatError,
+    NotCompressedError,
+    VerificationError,
+)
 from cospadi.learn.whitening import relative_error
 from cospadi.model.discover import TargetLinear, discover, weight_of
 from cospadi.model.source import SourceModel, open_source
@@ -40,6 +46,8 @@ def verify_checkpoint(directory: str | Path) -> int:
     ------
     NotCompressedError
         The directory is no compressed checkpoint.
+    NewerFormatError
+        A newer version of cospadi made it.
     VerificationError
         A file is missing, damaged or does not match its hash, or a tensor is wrong.
     """
@@ -50,6 +58,10 @@ def verify_checkpoint(directory: str | Path) -> int:
             checkpoint.factor(name)
     except NotCompressedError as error:
         if has_manifest(directory):  # it was one
+            raise VerificationError(str(error)) from None
+        raise
+    except NewerFormatError as error:
+        if has_manifest(directory) and verify_manifest(directory).problems:
             raise VerificationError(str(error)) from None
         raise
     except InputError as error:
