@@ -22,6 +22,14 @@ def test_curve_is_exact_at_its_points_and_exponential_between_and_beyond():
         assert curve.at(ratio) == pytest.approx(2e-4 * math.exp(6.0 * ratio))
 
 
+def test_one_measurement_and_a_slope_make_a_curve():
+    whole = exponential(2e-4, 6.0)
+    single = LossCurve((0.4,), (whole.at(0.4),), 6.0)
+    assert whole.mean_slope() == pytest.approx(6.0) == single.mean_slope()
+    for ratio in (0.05, 0.4, 0.8):
+        assert single.at(ratio) == pytest.approx(whole.at(ratio))
+
+
 def test_equal_curves_get_equal_shares():
     shares = allocate([exponential(1e-3, 6.0)] * 4, [1.0] * 4, 0.4, [even_grid(0.1, 0.7)] * 4)
     assert max(shares) - min(shares) <= 0.0101
@@ -92,7 +100,9 @@ def test_every_weight_keeps_to_its_own_grid():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: LossCurve((0.1,), (1.0,)), "two or more"),
+        (lambda: LossCurve((), ()), "needs ratios"),
+        (lambda: LossCurve((0.1,), (1.0,)), "needs a slope if it has one ratio"),
+        (lambda: LossCurve((0.1, 0.2), (1.0, 2.0), 3.0), "and else none"),
         (lambda: LossCurve((0.3, 0.1), (1.0, 1.0)), "ascending"),
         (lambda: LossCurve((0.1, 0.3), (1.0, float("nan"))), "not finite"),
         (

@@ -9,6 +9,8 @@ import torch
 
 import cospadi
 from cospadi.checkpoint.manifest import MANIFEST_FILE
+from cospadi.model.discover import TargetLinear
+from cospadi.pipeline import loss_curves
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.verify import verify_errors
@@ -163,3 +165,44 @@ def test_widths_are_divided_by_loss(bits, metric, tiny_model_dir, tiny_text, tmp
     verify_errors(tmp_path / "out", tiny_model_dir("llama"))
     model, _ = cospadi.load(tmp_path / "out", dtype=torch.float32)
     assert bool(torch.isfinite(model(torch.arange(2, 30)[None]).logits).all())
+
+
+def target(block, projection="q_proj"):
+    name = f"model.layers.{block}.self_attn.{projection}"
+    return TargetLinear(name, "linear", 64, 64, False, name, block, f"self_attn.{projection}")
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "chosen"), [(2, [0, 1]), (6, list(range(6))), (30, [5, 15, 25])]
+)
+def test_slopes_come_from_a_few_blocks(n_blocks, chosen):
+    targets = [target(block) for block in range(n_blocks)]
+    assert loss_curves.slope_targets(targets) == {targets[block].name for block in chosen}
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.35}, {"bits": 4.5}], ids=str)
+def test_one_coarse_fit_is_enough_with_the_slope_of_others(
+    settings, tiny_model_dir, tiny_text, tmp_path, monkeypatch
+):
+    def first_block(targets):
+        return {t.name for t in targets if t.block == 0}
+
+    monkeypatch.setattr(loss_curves, "slope_targets", first_block)
+    events = []
+    common = {key: value for key, value in SETTINGS.items() if key not in ("ratio", "dictionary")}
+    result = compress(
+        tiny_model_dir("llama"),
+        tmp_path / "out",
+        calibration=str(tiny_text),
+        listener=events.append,
+        **common,
+        **settings,
+    )
+    curves = event_of(events, "allocated")["curves"]
+    assert set(curves) == set(result.reports)
+    for name, curve in curves.items():
+        assert (len(curve["ratios"]) > 1) == ("layers.0." in name)
+        same = [c for n, c in curves.items() if n.rpartition(".")[2] == name.rpartition(".")[2]]
+        if len(curve["ratios"]) == 1:
+            assert curve["slope"] == pytest.approx(same[0]["slope"])
+    assert not [event for event in events if event["event"] == "warning"]

@@ -23,33 +23,47 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Measured losses of one weight by removed share.
+    """Losses of one weight by removed share; their logarithm is linear in between and beyond.
 
     Attributes
     ----------
     ratios : tuple of float
-        Ascending removed shares, at least two.
+        Ascending removed shares at which the loss was measured.
     losses : tuple of float
         Loss at each, nats per token.
+    slope : float or None
+        Of the logarithm over the removed share, for a single ratio.
     """
 
     ratios: tuple[float, ...]
     losses: tuple[float, ...]
+    slope: float | None = None
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.ratios, self.ratios[1:], strict=False))
-        if len(self.ratios) < 2 or len(self.ratios) != len(self.losses) or not ascending:
-            raise InputError("a loss curve needs two or more ratios, ascending, with a loss each")
+        if not self.ratios or len(self.ratios) != len(self.losses) or not ascending:
+            raise InputError("a loss curve needs ratios, ascending, with a loss each")
+        if (len(self.ratios) == 1) != (self.slope is not None):
+            raise InputError("a loss curve needs a slope if it has one ratio, and else none")
         if not all(math.isfinite(loss) and loss >= 0.0 for loss in self.losses):
             raise InputError(f"a loss curve has losses that are not finite: {self.losses}")
 
     def at(self, ratio: float) -> float:
-        """Loss at a ratio: its logarithm is interpolated linearly, and extrapolated by the nearest piece."""
+        """Loss at a ratio; beyond the measured ones by the nearest piece."""
         logs = [math.log(max(loss, FLOOR)) for loss in self.losses]
+        if self.slope is not None:
+            return math.exp(logs[0] + self.slope * (ratio - self.ratios[0]))
         piece = sum(ratio > inner for inner in self.ratios[1:-1])
         left, right = self.ratios[piece], self.ratios[piece + 1]
         share = (ratio - left) / (right - left)
         return math.exp((1.0 - share) * logs[piece] + share * logs[piece + 1])
+
+    def mean_slope(self) -> float:
+        """Slope of the logarithm from the first ratio to the last."""
+        if self.slope is not None:
+            return self.slope
+        ratio = max(self.losses[-1], FLOOR) / max(self.losses[0], FLOOR)
+        return math.log(ratio) / (self.ratios[-1] - self.ratios[0])
 
 
 def even_grid(lowest: float, highest: float, step: float = 0.01) -> list[float]:
