@@ -104,7 +104,8 @@ def main(directory: Path) -> None:
     """Run everything; finished parts are kept and not run again."""
     start = time.perf_counter()
     gguf = fetch_smollm2(directory / "source")
-    sparse, report = compress(directory, gguf, "cospadi")
+    # a faster rise than the default: a few per cent more error, a minute and a half less
+    sparse, report = compress(directory, gguf, "cospadi", "--set", "penalty_growth=1.3")
     low_rank, _ = compress(directory, gguf, "svd-llm", "--method", "svd-llm")
     dense = directory / "dense"
     if not (dense / "config.json").exists():
