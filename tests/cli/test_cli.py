@@ -396,6 +396,21 @@ def test_unwritable_output(cli, tiny_model_dir, tmp_path):
     assert code == 2 and "cannot be written" in stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "ratio"), [(("--ratio", 0.5), 0.5), (("--set", "ratio=0.5"), 0.5), ((), 0.75)]
+)
+def test_a_budget_on_the_command_line_replaces_the_files(
+    option, ratio, cli, tiny_model_dir, tmp_path
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("bits: 4\ncoeffs_dtype: bfloat16\ndictionary: identity\n")
+    code, stdout, _ = cli(
+        "plan", tiny_model_dir("llama"), "--recipe", recipe, *option, "--json", "-"
+    )
+    assert code == 0
+    assert json.loads(stdout)["ratio"]["stored"] == pytest.approx(ratio, abs=0.02)
+
+
 def test_unwritable_json_is_refused_before_the_work(cli, tiny_model_dir, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -180,7 +180,10 @@ def test_bad_budgets_are_named(data, message):
         ({"solver": "omp"}, "learned"),
         ({"overrides": [{"match": "x", "k_over_s": 3.0}]}, "learned"),
         ({"method": "svd-llm"}, "learned"),
-        ({"coeffs_dtype": "int8"}, "augmented"),
+        ({"coeffs_dtype": "int8"}, "identity"),
+        ({"coeffs_dtype": "int8", "dictionary_dtype": "int8"}, "augmented"),
+        ({"coeffs_dtype": "int8", "group_size": 2}, "augmented"),
+        ({"coeffs_dtype": "bfloat14"}, "augmented"),
     ],
 )
 def test_atoms_where_nothing_is_said_about_them(data, kind):

@@ -38,11 +38,21 @@ def show_warning(text: str) -> None:
 
 def build_recipe(recipe_file: Path | None, options: dict[str, Any], settings: list[str]) -> Recipe:
     """Recipe from file, then options, then ``--set``; later ones win. Options left at None do not count."""
-    from cospadi.pipeline.recipe import load_recipe, parse_setting, recipe_from_mapping
+    from cospadi.pipeline.recipe import (
+        BUDGETS,
+        load_recipe,
+        parse_setting,
+        recipe_from_mapping,
+    )
 
     data: dict[str, Any] = load_recipe(recipe_file) if recipe_file is not None else {}
-    data.update({key: value for key, value in options.items() if value not in (None, [])})
-    data.update(parse_setting(text) for text in settings)
+    chosen = {key: value for key, value in options.items() if value not in (None, [])}
+    chosen.update(parse_setting(text) for text in settings)
+    if any(
+        key in chosen for key in BUDGETS
+    ):  # a budget given here replaces the file's, in whatever unit
+        data = {key: value for key, value in data.items() if key not in BUDGETS}
+    data.update(chosen)
     return recipe_from_mapping(data, source=str(recipe_file) if recipe_file else "settings")
 
 

@@ -3,9 +3,9 @@
 Under ``coeffs_dtype: auto`` a linear keeps its own weights (identity atoms) as integers. From 4 bits on all of them, in
 the widest type that fits, with one scale per output and, where bits are left, one per group. Below, a part of them and
 a mask. What is best at a size was measured in the output metric on layer 15 of SmolLM2-135M off its grid
-(docs/results.md): one scale per output beats groups at equal bytes; half the weights in int4 equal all of them in
-int3, and masked int4 lies on the line from there to full int4; below 3 bits masked int3 is better than masked int4;
-above 4 bits full integers are better than a wider type with a mask.
+(docs/results.md): groups of 64 are worth about what their scales cost, so there is one scale per output; half the
+weights in int4 equal all of them in int3, and masked int4 lies on the line from there to full int4; below 3 bits masked
+int3 is better than masked int4. Above 4 bits nothing with a mask was tried: masked int5 loses to masked int4 at 3.5.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A linear is fitted coarsely, and one backward pass measures what the change of i
 (`cospadi.calibration.probe`). How steeply a loss grows with the removed share differs little between linears (its
 logarithm: 6.8 with a standard deviation of 0.6 per removed share in bfloat16, 21 and 1.9 for integers; all linears of
 SmolLM2-135M at 0.4 and 3.25 bits), so only those of a few blocks are fitted at several sizes and give their slope to
-the others of their projection: dividing the budget by such curves cost 0.1 to 1.5 % of the predicted loss there. The
-work directory keeps changes and losses as they come.
+the others of their projection: dividing the budget by one point and the projection's mean slope cost 0.1 to 1.3 % of
+the predicted loss there. The work directory keeps changes and losses as they come.
 """
 
 from __future__ import annotations

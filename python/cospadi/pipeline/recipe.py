@@ -53,6 +53,9 @@ LEARNED_ONLY = (
 )
 """Settings of the alternation for dictionaries without identity atoms. Giving one asks for such a dictionary."""
 
+BUDGETS = ("ratio", "bits", "target_size")
+"""Settings that say how large the result may be: one of them at a time."""
+
 NO_CALIBRATION = "none"
 """The data-free mode: every input direction counts alike."""
 
@@ -86,7 +89,8 @@ class Recipe:
         Atoms per coefficient of a column.
     dictionary : {"learned", "identity", "augmented"} or None
         Atoms of the method ``cospadi``: learned ones (the paper), the inputs themselves, or both. None: both, but
-        learned ones where a setting of their alternation is given (`LEARNED_ONLY`).
+        learned ones where a setting of their alternation is given (`LEARNED_ONLY`), and the inputs alone beside
+        integer coefficients, unless groups or a type of dictionaries are asked for.
     learned_share : float
         Part of the budget that an augmented dictionary spends on learned atoms.
     allocation : {"uniform", "loss"}
@@ -268,7 +272,7 @@ class Recipe:
             raise InputError("sequential: needs calibration text and a method that uses it")
         if self.shrinkage is not None and not 0.0 <= self.shrinkage <= 1.0:
             raise InputError(f"shrinkage: expected 0 to 1, got {self.shrinkage!r}")
-        if self.dictionary not in (None, "learned") and self.method != "cospadi":
+        if self.dictionary != "learned" and self.method != "cospadi":
             raise InputError(
                 f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
             )
@@ -337,8 +341,12 @@ class Recipe:
             return "identity"
         if self.dictionary is not None:
             return self.dictionary
-        is_learned = self.method != "cospadi" or bool(self._of_alternation())
-        return "learned" if is_learned else "augmented"
+        if self.method != "cospadi" or self._of_alternation():
+            return "learned"
+        wants_dictionary = self.dictionary_dtype is not None or self.group_size > 1
+        if self.coeffs_dtype in INTEGER_BITS and not wants_dictionary:
+            return "identity"
+        return "augmented"
 
     def _of_alternation(self) -> list[str]:
         """Settings of the alternation that do not have their default value."""
@@ -429,7 +437,7 @@ def recipe_from_mapping(data: Mapping[str, Any], *, source: str = "recipe") -> R
 
 def _set_budget(values: dict[str, Any], given: Mapping[str, Any], source: str) -> None:
     """Replace ``bits`` and a size in words by settings; such a budget leaves the type of coefficients open."""
-    named = [key for key in ("ratio", "bits", "target_size") if given.get(key) is not None]
+    named = [key for key in BUDGETS if given.get(key) is not None]
     # a written recipe holds the ratio that its target size led to
     if len(named) > 1 and "recipe_version" not in given:
         raise InputError(
