@@ -54,10 +54,20 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
             {"output_metric": "fisher", "dictionary": "learned"},
             "output_metric: fisher needs identity atoms",
         ),
+        ({"reconstruction": "all"}, "reconstruction: expected one of none, blockwise"),
+        ({"reconstruction": "blockwise", "bits": 4}, "reconstruction: moves floating-point"),
         (
-            {"output_metric": "fisher", "dictionary": "augmented", "sequential": True},
-            "output_metric: fisher works without sequential",
+            {"reconstruction": "blockwise", "dictionary_dtype": "int8"},
+            "reconstruction: moves floating-point values only, and int8",
         ),
+        (
+            {"reconstruction": "blockwise", "coeffs_dtype": "bfloat14"},
+            "reconstruction: moves floating-point values only, and bfloat14",
+        ),
+        ({"reconstruction": "blockwise", "calibration": "none"}, "reconstruction: needs calibrat"),
+        ({"reconstruction": "blockwise", "samples": 1}, "reconstruction: needs two samples"),
+        ({"reconstruction_rate": 1.5, "reconstruction": "blockwise"}, "reconstruction_rate"),
+        ({"reconstruction_epochs": 0}, "reconstruction_epochs"),
         ({"allocation": "loss", "iterations": 3}, "allocation: loss needs identity atoms"),
         (
             {"allocation": "loss", "dictionary": "identity", "calibration": "none"},

@@ -133,7 +133,14 @@ class BlockwiseDecoder:
             handle.remove()
         return found[0]
 
-    def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
+    def run(
+        self,
+        index: int,
+        hidden: Tensor,
+        block: nn.Module | None = None,
+        *,
+        with_gradients: bool = False,
+    ) -> Tensor:
         """Run one block.
 
         Parameters
@@ -144,6 +151,8 @@ class BlockwiseDecoder:
             [batch, length, features], in the model's type, of a shape that was prepared.
         block
             Module to run in its place, such as a copy of it; None for the model's own.
+        with_gradients
+            Record what a backward pass through the block needs.
 
         Returns
         -------
@@ -151,7 +160,7 @@ class BlockwiseDecoder:
             [batch, length, features].
         """
         call = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_gradients):
             output = call.run(self.blocks[index] if block is None else block, hidden)
         return self._hidden_of(index, output)
 
@@ -327,7 +336,9 @@ class BlockStream:
         for start in range(0, n_samples, self._batch_size):
             yield slice(start, min(start + self._batch_size, n_samples))
 
-    def run(self, part: slice, block: nn.Module | None = None) -> Tensor:
+    def run(
+        self, part: slice, block: nn.Module | None = None, *, with_gradients: bool = False
+    ) -> Tensor:
         """Run the next block on one of the `batches` and return its output; the stream stays where it is.
 
         Parameters
@@ -336,6 +347,8 @@ class BlockStream:
             One of the `batches`.
         block
             Module to run in place of the model's block.
+        with_gradients
+            As in `BlockwiseDecoder.run`.
 
         Returns
         -------
@@ -344,7 +357,7 @@ class BlockStream:
         """
         # a copy even where neither type nor device differ: the block may write to its input
         hidden = self.hidden[part].to(self._decoder.device, self._dtype, copy=True)
-        return self._decoder.run(self.index, hidden, block)
+        return self._decoder.run(self.index, hidden, block, with_gradients=with_gradients)
 
     def advance(self, block: nn.Module | None = None) -> None:
         """Run the next block on all batches and keep its output.

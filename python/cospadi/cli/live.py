@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -54,6 +55,7 @@ class PlainListener:
     def __init__(self) -> None:
         self._eta = Eta()
         self._last_tenth: dict[str, int] = {}
+        self._stages: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> PlainListener:
         return self
@@ -101,8 +103,30 @@ class PlainListener:
     def _on_coarse(self, event: Event) -> None:
         self._step(event, f"coarse fits: {event['done']} of {event['total']} linears")
 
+    def _on_reconstruction(self, event: Event) -> None:
+        self._step(event, f"block-wise reconstruction: {event['done']} of {event['total']} steps")
+
+    def _on_reconstructed(self, event: Event) -> None:
+        self._say(describe_block(event))
+
+    def _on_resume_reconstruction(self, event: Event) -> None:
+        self._say(f"resuming: {event['n_blocks']} blocks are reconstructed")
+
+    def _say(self, text: str) -> None:
+        typer.echo(text)
+
+    def _with_time_left(self, event: Event, text: str) -> str:
+        """The text with the time that the rest of a stage will take, once it is known."""
+        now = time.perf_counter()
+        start, first = self._stages.setdefault(event["event"], (now, event["done"]))
+        if event["done"] <= first:
+            return text
+        left = (now - start) * (event["total"] - event["done"]) / (event["done"] - first)
+        return f"{text}, {duration(left)} left"
+
     def _step(self, event: Event, text: str) -> None:
         """Show progress within a stage, here once per tenth of it."""
+        text = self._with_time_left(event, text)
         tenth = 10 * event["done"] // max(1, event["total"])
         if tenth != self._last_tenth.get(event["event"]):
             self._last_tenth[event["event"]] = tenth
@@ -174,8 +198,11 @@ class LiveListener(PlainListener):
         self._eta.add(event)
         self._print(f"FAILED, left dense: {event['module']}: {event['reason']}")
 
+    def _say(self, text: str) -> None:
+        self._print(text)
+
     def _step(self, event: Event, text: str) -> None:
-        self._status = text
+        self._status = self._with_time_left(event, text)
 
     def _on_allocated(self, event: Event) -> None:
         self._print(describe_allocation(event))
@@ -227,6 +254,13 @@ def describe_allocation(event: Event) -> str:
         f"allocation: {min(shares):.0%} to {max(shares):.0%} of single linears; expected loss "
         f"{event['predicted_loss']:.4f} nats per token, {event['predicted_uniform']:.4f} if uniform"
     )
+
+
+def describe_block(event: Event) -> str:
+    """One line about a reconstructed block."""
+    change = f"error {event['before']:.2e} -> {event['after']:.2e}"
+    kept = "" if event["is_kept"] else ", no gain on held-back windows: left as it was"
+    return f"block {event['block']}: {change}{kept}, {event['seconds']:.0f} s"
 
 
 def make_listener() -> PlainListener:

@@ -31,7 +31,7 @@ from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.rounding import RoundedFactor, round_factors
-from cospadi.learn.whitening import Whitening, relative_error
+from cospadi.learn.whitening import Whitening, relative_error, weight_error
 
 SPECTRUM_POINTS = 64
 """Points of the curves that reports keep of a spectrum."""
@@ -310,7 +310,6 @@ def _report(
     approximation = factor.dense_weight(torch.float64)
     if not bool(torch.isfinite(approximation).all()):
         raise FitError(f"{item.name}: the fitted factor is not finite as stored")
-    norm = float(item.weight.double().norm())
     error = relative_error(item.gram, item.weight, approximation)
     if not error <= 1.0:
         raise FitError(
@@ -318,7 +317,7 @@ def _report(
         )
     return FitReport(
         relative_error=error,
-        weight_error=float((item.weight.double() - approximation).norm()) / norm if norm else 0.0,
+        weight_error=weight_error(item.weight, approximation),
         seconds=seconds,
         whitening=item.whitening.steps,
         history=history,

@@ -190,3 +190,9 @@ def relative_error(gram: torch.Tensor, weight: torch.Tensor, approximation: torc
     if total == 0.0:
         return 0.0 if lost == 0.0 else float("inf")
     return (lost / total) ** 0.5
+
+
+def weight_error(weight: torch.Tensor, approximation: torch.Tensor) -> float:
+    """``||W - W~||_F / ||W||_F``, no calibration in it; zero for a zero weight."""
+    norm = float(weight.double().norm())
+    return float((weight.double() - approximation.double()).norm()) / norm if norm else 0.0

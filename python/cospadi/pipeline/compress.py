@@ -26,6 +26,7 @@ from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe, recipe_from_mapping
+from cospadi.pipeline.reconstruction import check_blockwise, reconstruct
 from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
 from cospadi.pipeline.target_size import with_ratio_for_size
@@ -59,6 +60,8 @@ class CompressResult:
         The compressed linears in bfloat16, and as written.
     allocation : Allocation or None
         How the budget was divided; None: evenly.
+    reconstruction : list of dict or None
+        What block-wise reconstruction gained, see `cospadi.pipeline.reconstruction.reconstruct`; None without it.
     """
 
     out_dir: Path
@@ -72,6 +75,7 @@ class CompressResult:
     dense_bytes: int
     stored_bytes: int
     allocation: Allocation | None = None
+    reconstruction: list[dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         """One line: the tables are long."""
@@ -173,6 +177,8 @@ def _run(
         reads_twice = by_similarity or recipe.allocation == "loss"
         folder = gram_cache or (work.path / "grams" if reads_twice else None)
         grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
+        if recipe.reconstruction == "blockwise":
+            check_blockwise(grams)
     targets, skipped = _plan_inputs(source, recipe)
     if by_similarity:
         groups = groups_by_similarity(source, targets, recipe, grams)
@@ -199,6 +205,9 @@ def _run(
     job.run()
     if not job.factors:
         raise FitError(f"every layer would have to stay dense; the first: {job.failed[0].reason}")
+    blocks = None
+    if grams is not None and recipe.reconstruction == "blockwise":
+        blocks = reconstruct(job, grams)
     result = CompressResult(
         out_dir=out_dir,
         plan=plan,
@@ -211,6 +220,7 @@ def _run(
         dense_bytes=sum(factor.spec.dense_bits for factor in job.factors.values()) // 8,
         stored_bytes=sum(factor.spec.stored_bytes for factor in job.factors.values()),
         allocation=allocation,
+        reconstruction=blocks,
     )
     write_output(source, job.factors, result, recipe, calibration, versions())
     work.remove()

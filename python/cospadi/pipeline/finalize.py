@@ -68,6 +68,7 @@ def write_output(
         ],
         "failed": list(result.failed),
         "allocation": None if result.allocation is None else result.allocation.to_mapping(),
+        "reconstruction": result.reconstruction,
     }
     replace_modules(
         source.model,

@@ -19,7 +19,7 @@ from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
 from cospadi.model.discover import Skipped, TargetLinear, weight_of
-from cospadi.model.layers import CospadiLinear
+from cospadi.model.layers import CospadiLinear, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.grams import GramSource
@@ -152,16 +152,23 @@ class Job:
                 if uses_text:
                     metric = _whiten(item.gram, item.members[0])
                 for name in item.members:
-                    self._take(name, self._with_output(name, Statistics(item.gram, metric)))
+                    self._take(name, self._statistics(name, item.gram, item.gram, metric))
 
-    def _with_output(self, name: str, statistics: Statistics) -> Statistics:
-        """The statistics with what the gradients of the module's output say."""
-        if self.fisher is None or isinstance(statistics.whitening, WhiteningError):
-            return statistics
-        whitening, output = fisher_metrics(
-            self.fisher, self.targets[name], statistics.gram, statistics.whitening
-        )
-        return dataclasses.replace(statistics, whitening=whitening, output=output)
+    def _statistics(
+        self,
+        name: str,
+        gram: torch.Tensor,
+        fitted_gram: torch.Tensor,
+        whitening: Whitening | WhiteningError,
+        target: torch.Tensor | None = None,
+    ) -> Statistics:
+        """Statistics with what the gradients of the module's output say; the fit's metric is that of `fitted_gram`."""
+        output = None
+        if self.fisher is not None and isinstance(whitening, Whitening):
+            whitening, output = fisher_metrics(
+                self.fisher, self.targets[name], fitted_gram, whitening
+            )
+        return Statistics(gram, whitening, target, output)
 
     def _run_sequential(self, grams: GramSource) -> None:
         """Fit in the order of execution; what is finished runs in the compressed stream."""
@@ -178,11 +185,14 @@ class Job:
             finished=finished,
             progress=grams.progress,
         )
+        model = self.source.model
+        originals = {name: model.get_submodule(name) for name in self.planned}
         for item in stream:
             for name, statistics in self._sequential_statistics(item).items():
                 self._take(name, statistics)
                 if name in self.factors:
-                    self.source.model.set_submodule(name, self._layer(name))
+                    model.set_submodule(name, self._layer(name))
+        replace_modules(model, originals)
 
     def _sequential_statistics(self, item: SequentialInput) -> dict[str, Statistics]:
         weights = {name: self._weight(name)[0] for name in item.members}
@@ -199,8 +209,10 @@ class Job:
             )
         metric = _whiten(moments.gram, item.members[0])
         return {
-            name: Statistics(
+            name: self._statistics(
+                name,
                 moments.original_gram,
+                moments.gram,
                 metric,
                 # one held-back window at least was asked for where nothing was given
                 sequential_target(

@@ -32,6 +32,8 @@ OutputMetricKind = Literal["none", "fisher"]
 
 Allocation = Literal["uniform", "loss"]
 
+Reconstruction = Literal["none", "blockwise"]
+
 SHARED_PROJECTIONS = (
     r".*\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|gate_proj|up_proj|gate_up_proj|c_fc|fc1)",
 )
@@ -103,6 +105,13 @@ class Recipe:
         (`cospadi.learn.output_metric`; dictionaries with identity atoms only).
     backward_samples : int
         Calibration windows that are also run backwards, for the output metric and for the allocation.
+    reconstruction : {"none", "blockwise"}
+        After the fits, tune coefficients and atoms of each decoder block together, supports kept, towards the original
+        block's output (`cospadi.calibration.reconstruction`; floating-point coefficients and dictionaries only).
+    reconstruction_epochs : int
+        Passes over the calibration windows per block.
+    reconstruction_rate : float
+        Largest step as a share of the values' root mean square.
     solver, iterations, power_iterations, update, init, block_size, sweeps, unused, tolerance, coding_batch,
     first_penalty, penalty_growth
         See `cospadi.learn.options.LearnOptions`.
@@ -166,6 +175,9 @@ class Recipe:
     allocation_reach: float = 0.4
     output_metric: OutputMetricKind = "none"
     backward_samples: int = 32
+    reconstruction: Reconstruction = "none"
+    reconstruction_epochs: int = 4
+    reconstruction_rate: float = 0.003
     solver: Solver = "auto"
     iterations: int = 8
     power_iterations: int = 1
@@ -216,6 +228,7 @@ class Recipe:
             ("grouping", Grouping),
             ("output_metric", OutputMetricKind),
             ("allocation", Allocation),
+            ("reconstruction", Reconstruction),
         ):
             _check_choice(name, getattr(self, name), get_args(kind))
         if not 0.0 < self.learned_share < 1.0:
@@ -225,7 +238,14 @@ class Recipe:
         for name in ("refit", "measure_on_calibration", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        for name in ("samples", "sequence_length", "batch_size", "group_size", "backward_samples"):
+        for name in (
+            "samples",
+            "sequence_length",
+            "batch_size",
+            "group_size",
+            "backward_samples",
+            "reconstruction_epochs",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -293,10 +313,8 @@ class Recipe:
                 )
             if self.calibration == NO_CALIBRATION:
                 raise InputError(f"{name}: {value} needs calibration text")
-        if self.output_metric != "none" and self.sequential:
-            raise InputError("output_metric: fisher works without sequential")
-        if self.allocation != "uniform" and (self.group_size > 1 or self.sequential):
-            raise InputError("allocation: loss works without groups and without sequential")
+        if self.allocation != "uniform" and self.group_size > 1:
+            raise InputError("allocation: loss works without groups")
         if self.allocation != "uniform" and not LOWEST <= self.ratio <= HIGHEST:
             raise InputError(
                 f"ratio: allocation by loss works from {LOWEST} to {HIGHEST}, got {self.ratio}"
@@ -305,6 +323,8 @@ class Recipe:
             raise InputError(
                 f"allocation_reach: expected a share above 0 and up to 1, got {self.allocation_reach!r}"
             )
+        if self.reconstruction != "none":
+            self._check_reconstruction()
         if self.coeffs_dtype == AUTO:
             return
         types = self.storage_types()
@@ -312,6 +332,27 @@ class Recipe:
             raise InputError(
                 f"coeffs_dtype: {self.method} needs an integer type, got {types.coeffs}"
             )
+
+    def _check_reconstruction(self) -> None:
+        if self.calibration == NO_CALIBRATION or not METHODS[self.method].uses_calibration:
+            raise InputError("reconstruction: needs calibration text and a method that uses it")
+        if self.samples < 2:
+            raise InputError("reconstruction: needs two samples at least, one of them to judge")
+        if not 0.0 < self.reconstruction_rate < 1.0:
+            raise InputError(
+                f"reconstruction_rate: expected a share between 0 and 1, got {self.reconstruction_rate!r}"
+            )
+        kinds = {AUTO} if self.coeffs_dtype == AUTO else set(self._stored_kinds())
+        packed = sorted(kinds - STORAGE_DTYPES.keys())
+        if packed:
+            raise InputError(
+                f"reconstruction: moves floating-point values only, and {packed[0]} was asked for: leave it out, or "
+                "store coefficients and dictionaries in a 16-bit type"
+            )
+
+    def _stored_kinds(self) -> tuple[str, str]:
+        types = self.storage_types()
+        return types.coeffs, types.dictionary
 
     def _check_auto(self) -> None:
         for name, value, expected in (

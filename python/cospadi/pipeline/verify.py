@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.statistics import collect_grams
@@ -21,7 +20,7 @@ from cospadi.errors import (
     NotCompressedError,
     VerificationError,
 )
-from cospadi.learn.whitening import relative_error
+from cospadi.learn.whitening import relative_error, weight_error
 from cospadi.model.discover import TargetLinear, discover, weight_of
 from cospadi.model.source import SourceModel, open_source
 from cospadi.pipeline.finalize import REPORT_FILE
@@ -262,10 +261,8 @@ def _calibration_ids(
 def _weight_error(
     opened: SourceModel, target: TargetLinear, checkpoint: CompressedCheckpoint
 ) -> float:
-    weight: Tensor = weight_of(opened.model, target)[0].double()
-    lost = weight - checkpoint.factor(target.name).dense_weight(torch.float64)
-    norm = float(weight.norm())
-    return float(lost.norm()) / norm if norm else 0.0
+    weight = weight_of(opened.model, target)[0]
+    return weight_error(weight, checkpoint.factor(target.name).dense_weight(torch.float64))
 
 
 def _difference(name: str, kind: str, stated: dict[str, float], found: float) -> float:

@@ -27,6 +27,8 @@ from cospadi.errors import InputError
 from cospadi.factor import FactorSpec, SparseFactor
 
 LOCK_FILE = "lock"
+MODULES = "modules"
+"""Stage of the fits, which every run has."""
 HASHES = ("weights", "calibration_ids")
 """Settings that are hashes; a difference in others explains more."""
 
@@ -70,7 +72,7 @@ class WorkDir:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self._modules = path / "modules"
+        self._modules = path / MODULES
         # through JSON once, so that tuples compare equal to the lists that come back
         wanted = json.loads(json.dumps(settings))
         self.fingerprint = fingerprint(wanted)
@@ -124,26 +126,33 @@ class WorkDir:
                     "or choose another --out"
                 )
 
-    def store(self, name: str, factor: SparseFactor, report: Mapping[str, Any]) -> None:
-        """Commit one finished matrix; a shared dictionary is stored with its leader only."""
+    def store(
+        self, name: str, factor: SparseFactor, report: Mapping[str, Any], *, stage: str = MODULES
+    ) -> None:
+        """Commit one finished matrix of a stage (a folder); a shared dictionary is stored with its leader only."""
+        folder = self.path / stage
+        folder.mkdir(exist_ok=True)
         spec, tensors = factor.spec, factor.tensors()
         data = save_tensors({part: tensors[part].contiguous() for part in spec.tensors()})
-        write_atomic(self._modules / f"{name}.safetensors", data)
+        write_atomic(folder / f"{name}.safetensors", data)
         record = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "spec": dataclasses.asdict(spec),
             "report": dict(report),
         }
-        write_atomic(self._modules / f"{name}.json", json.dumps(record).encode())
+        write_atomic(folder / f"{name}.json", json.dumps(record).encode())
 
-    def load(self, name: str) -> tuple[SparseFactor, dict[str, Any]] | None:
-        """A finished matrix; None if it is missing or damaged (it is then fitted again).
+    def load(
+        self, name: str, *, stage: str = MODULES
+    ) -> tuple[SparseFactor, dict[str, Any]] | None:
+        """A finished matrix of a stage; None if it is missing or damaged (it is then fitted again).
 
         A member of a shared dictionary comes without it.
         """
         try:
-            record = json.loads((self._modules / f"{name}.json").read_text())
-            data = (self._modules / f"{name}.safetensors").read_bytes()
+            folder = self.path / stage
+            record = json.loads((folder / f"{name}.json").read_text())
+            data = (folder / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != record["sha256"]:
                 return None
             tensors: dict[str, torch.Tensor] = load_tensors(data)
