@@ -27,7 +27,7 @@ from matrices import load_matrices
 from cospadi.learn.budget import sparse_size
 from cospadi.learn.learner import learn
 from cospadi.learn.options import LearnOptions
-from cospadi.pipeline.recipe import recipe_from_mapping
+from cospadi.pipeline.recipe_file import recipe_from_mapping
 
 PAPER = recipe_from_mapping({"preset": "paper"}).learn_options()
 FAST = recipe_from_mapping({"preset": "fast"}).learn_options()

@@ -87,7 +87,7 @@ def test_report_inspect_and_plan_agree(small_job):
 
 
 def test_recipe_in_the_output_reproduces_it(small_job, tmp_path):
-    from cospadi.pipeline.recipe import load_recipe, recipe_from_mapping
+    from cospadi.pipeline.recipe_file import load_recipe, recipe_from_mapping
 
     source, out, _ = small_job("llama")
     recipe = recipe_from_mapping(load_recipe(out / "recipe.yaml"))

@@ -17,7 +17,8 @@ from cospadi.pipeline.compress import compress
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.open_model import export_model, open_model
 from cospadi.pipeline.presets import PRESETS
-from cospadi.pipeline.recipe import Override, Recipe, recipe_from_mapping
+from cospadi.pipeline.recipe import Override, Recipe
+from cospadi.pipeline.recipe_file import recipe_from_mapping
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 
 BASE = {"ratio": 0.3, "samples": 12, "sequence_length": 64}

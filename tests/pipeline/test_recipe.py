@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from cospadi.errors import InputError
-from cospadi.pipeline.recipe import Recipe, load_recipe, parse_setting, recipe_from_mapping
+from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.recipe_file import load_recipe, parse_setting, recipe_from_mapping
 
 
 def test_recipe_survives_yaml():

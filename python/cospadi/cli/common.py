@@ -38,12 +38,8 @@ def show_warning(text: str) -> None:
 
 def build_recipe(recipe_file: Path | None, options: dict[str, Any], settings: list[str]) -> Recipe:
     """Recipe from file, then options, then ``--set``; later ones win. Options left at None do not count."""
-    from cospadi.pipeline.recipe import (
-        BUDGETS,
-        load_recipe,
-        parse_setting,
-        recipe_from_mapping,
-    )
+    from cospadi.pipeline.recipe import BUDGETS
+    from cospadi.pipeline.recipe_file import load_recipe, parse_setting, recipe_from_mapping
 
     data: dict[str, Any] = load_recipe(recipe_file) if recipe_file is not None else {}
     chosen = {key: value for key, value in options.items() if value not in (None, [])}

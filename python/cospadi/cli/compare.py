@@ -52,7 +52,7 @@ def compare_command(
     quiet_libraries()
     from cospadi.pipeline.cell import Evaluation, parse_methods
     from cospadi.pipeline.compare import Comparison, compare, failed_runs
-    from cospadi.pipeline.recipe import load_recipe, parse_setting
+    from cospadi.pipeline.recipe_file import load_recipe, parse_setting
 
     common = load_recipe(recipe) if recipe is not None else {}
     common |= {

@@ -25,7 +25,8 @@ from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.plan import Plan, make_plan
-from cospadi.pipeline.recipe import Recipe, recipe_from_mapping
+from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.recipe_file import recipe_from_mapping
 from cospadi.pipeline.reconstruction import check_blockwise, reconstruct
 from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
