@@ -2,9 +2,9 @@
 
 usage: corners.py MODEL CALIBRATION OUT.json [--ratios 0.2,0.4] [--blocks 2,15,27] [--samples 64] [--gram-cache DIR]
 
-Relative output error as stored (bf16, refitted) of truncated SVD, learned atoms, pruning, identity atoms and augmented
-dictionaries with several shares of the budget in learned atoms. ``slow`` lets the penalty rise from 0.003 by 1.05 per
-step instead of from 0.01 by 1.1.
+Relative output error as stored (bf16, refitted) of truncated SVD, learned atoms, pruning, identity atoms, augmented
+dictionaries with several shares of the budget in learned atoms, and ``auto``, which chooses among them. ``slow`` lets
+the penalty rise from 0.003 by 1.05 per step instead of the default.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from matrices import Matrix, load_matrices
 
 from cospadi.learn.budget import BF16
 from cospadi.learn.fit import FitInput, FitSettings, fit
-from cospadi.learn.methods import factor_size
+from cospadi.learn.methods import candidate_sizes, factor_size
 from cospadi.learn.options import LearnOptions
 from cospadi.learn.quantize import StorageTypes
 
@@ -33,6 +34,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "augmented .1": ("cospadi", {"dictionary": "augmented", "learned_share": 0.1}, {}),
     "augmented .1 slow": ("cospadi", {"dictionary": "augmented", "learned_share": 0.1}, SLOW),
     "augmented .2": ("cospadi", {"dictionary": "augmented", "learned_share": 0.2}, {}),
+    "augmented .35": ("cospadi", {"dictionary": "augmented", "learned_share": 0.35}, {}),
+    "auto": ("cospadi", {"dictionary": "auto", "learned_share": 0.2}, {}),
 }
 
 
@@ -45,6 +48,9 @@ def measure(matrix: Matrix, ratio: float) -> dict[str, tuple[float, float]]:
         if size.sparsity < 1:
             continue
         settings = FitSettings(method, size, StorageTypes(), LearnOptions(**options))
+        if label == "auto":
+            choice = candidate_sizes(d_in, d_out, ratio, widths=BF16, learned_share=0.2)
+            settings = replace(settings, candidates=choice)
         item = FitInput(matrix.name, matrix.weight, None, matrix.gram, matrix.whitening)
         begin = time.perf_counter()
         [(_, report)] = fit([item], settings)

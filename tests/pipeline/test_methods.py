@@ -308,3 +308,25 @@ def test_layers_with_other_settings_do_not_share(job):
     override = Override(match=r"model\.layers\.1\..*", ratio=0.5)
     _, _, result = job(group_size=2, overrides=(override,))
     assert all(module.leader == module.name for module in result.plan.modules)
+
+
+@pytest.mark.parametrize("types", [{}, {"coeffs_dtype": "int8"}])
+def test_chosen_dictionaries_fit_the_budget_and_load(types, job, ids, tmp_path):
+    settings = {"dictionary": "auto", "ratio": 0.4, "penalty_growth": 1.5, **types}
+    events = []
+    source, out, result = job(name="auto", listener=events.append, **settings)
+    assert result.failed == ()
+    assert 0.4 <= result.ratio["stored"] < 0.5  # eight bits for all weights cannot use more
+    assert_loads_like_its_export(out, ids, tmp_path)
+    assert verify_errors(out, source) < 1e-3
+    modules = inspect_checkpoint(out)["modules"]
+    for event in events:
+        if event["event"] == "module":
+            module = modules[event["module"]]
+            for key in ("n_identity", "n_atoms", "sparsity"):
+                assert event[key] == module[key]
+    # what it chose among is never better
+    corner = {**settings, "dictionary": "identity"}
+    _, _, identity = job(name="corner", **corner)
+    for name, report in result.reports.items():
+        assert report["relative_error"] <= identity.reports[name]["relative_error"] * 1.001, name

@@ -38,8 +38,8 @@ def compress_command(
     ),
     dictionary: str | None = typer.Option(
         None,
-        help="Atoms: learned, identity (the inputs), or both: augmented [augmented; learned where one of --solver, "
-        "--iterations, --power-iterations, --k-over-s, --init is given].",
+        help="Atoms: learned, identity (the inputs), both: augmented, or the best for every linear: auto [augmented; "
+        "learned where one of --solver, --iterations, --power-iterations, --k-over-s, --init is given].",
     ),
     solver: str | None = typer.Option(
         None, help="Sparse coding: auto, omp, ormp, obs, niht, htp or admm [auto]."

@@ -33,6 +33,10 @@ from cospadi.learn.whitening import Whitening
 MAX_STEPS = 400
 """Bound on the steps of the rise; it ends by itself when supports rest, at a penalty of about one."""
 
+MAX_PENALTY = 1e3
+"""Where the rise ends at the latest: nothing can move any more. Weights that are sparse already come here, because
+which of their zeros belong to a support is decided by rounding errors, for ever."""
+
 REST = 3
 """Steps without a moved support after which the rise ends."""
 
@@ -91,6 +95,8 @@ def fit_augmented(
         if resting == REST:
             break
         penalty *= options.penalty_growth
+        if penalty > MAX_PENALTY:
+            break
         for split in splits:
             split.relax(options.penalty_growth)
         if n_atoms and len(splits) == 1:

@@ -10,7 +10,6 @@ import torch
 
 from cospadi.errors import FitError, InputError
 from cospadi.factor import STORAGE_DTYPES, SparseFactor
-from cospadi.learn.augmented import fit_augmented
 from cospadi.learn.baselines import (
     basis_sharing,
     compot,
@@ -21,7 +20,8 @@ from cospadi.learn.baselines import (
     sparsegpt,
     wanda,
 )
-from cospadi.learn.group import GroupFit, GroupObjective, fit_group
+from cospadi.learn.choice import learn_dictionary, shortlist
+from cospadi.learn.group import GroupFit, GroupObjective
 from cospadi.learn.init import signal_svd
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
@@ -30,7 +30,7 @@ from cospadi.learn.options import LearnOptions
 from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
 from cospadi.learn.result import FloatFactor
-from cospadi.learn.rounding import RoundedFactor, round_factors
+from cospadi.learn.rounding import RoundedFactor, round_factors, rounding_error
 from cospadi.learn.whitening import Whitening, relative_error, weight_error
 
 SPECTRUM_POINTS = 64
@@ -97,6 +97,8 @@ class FitSettings:
         Of a shared dictionary.
     bias_dtype : torch.dtype
         Storage type of biases.
+    candidates : tuple of FactorSize
+        Sizes to choose from (CoSpaDi only; `cospadi.learn.choice`); without them `size` alone.
     """
 
     method: str
@@ -106,6 +108,7 @@ class FitSettings:
     refit: bool = True
     objective: GroupObjective = "exact"
     bias_dtype: torch.dtype = torch.bfloat16
+    candidates: tuple[FactorSize, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,7 @@ def fit(
     history: tuple[IterationStats, ...] = ()
     group_errors: tuple[float, ...] = ()
     if settings.method == "cospadi":
-        fitted = _learn(inputs, settings, joint, num_threads, progress)
-        rounded = round_factors(
-            fitted.members, fitted.factors, settings.types, refit=settings.refit
-        )
+        fitted, rounded = _learn(inputs, settings, joint, num_threads, progress)
         history, group_errors = fitted.history, fitted.exact_errors
     else:
         rounded = _fit_baseline(inputs, settings, joint)
@@ -207,28 +207,30 @@ def _learn(
     joint: Whitening,
     num_threads: int | None,
     progress: Callable[[IterationStats], None] | None,
-) -> GroupFit:
+) -> tuple[GroupFit, list[RoundedFactor]]:
+    """Fit and round; of several sizes the one with the least error as stored."""
     members = [item.member() for item in inputs]
-    size, options = settings.size, settings.options
-    if size.n_identity:
-        return fit_augmented(
+    sizes: Sequence[FactorSize] = [settings.size]
+    if len(settings.candidates) > 1:
+        sizes = shortlist(
+            members, joint, settings.candidates, settings.options, num_threads=num_threads
+        )
+    results = []
+    for size in sizes:
+        fitted = learn_dictionary(
             members,
             joint,
-            size.n_atoms,
-            size.sparsity,
-            options,
+            size,
+            settings.options,
+            objective=settings.objective,
+            num_threads=num_threads,
             progress=progress,
         )
-    return fit_group(
-        members,
-        joint,
-        size.n_atoms,
-        size.sparsity,
-        options,
-        objective=settings.objective,
-        num_threads=num_threads,
-        progress=progress,
-    )
+        rounded = round_factors(
+            fitted.members, fitted.factors, settings.types, refit=settings.refit
+        )
+        results.append((fitted, rounded))
+    return min(results, key=lambda result: rounding_error(members, result[1]))
 
 
 def _fit_baseline(

@@ -16,8 +16,11 @@ from cospadi.learn.budget import (
 
 Form = Literal["dictionary", "low-rank", "pruned", "rounded"]
 
-DictionaryKind = Literal["learned", "identity", "augmented"]
-"""Atoms of the method ``cospadi``: K learned ones, the d_in identity atoms, or both."""
+DictionaryKind = Literal["learned", "identity", "augmented", "auto"]
+"""Atoms of the method ``cospadi``: K learned ones, the d_in identity atoms, both, or what is best for the weight."""
+
+OTHER_SHARES = (0.1, 0.35)
+"""Shares of learned atoms that ``auto`` tries beside the wanted one."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ def factor_size(
         Of the weight; ``d_out`` summed over the members of a group.
     ratio, k_over_s, convention, widths
         See `cospadi.learn.budget.sparse_size`.
-    dictionary : {"learned", "identity", "augmented"}
-        Atoms of the method ``cospadi``.
+    dictionary : {"learned", "identity", "augmented", "auto"}
+        Atoms of the method ``cospadi``; ``auto`` is planned as ``augmented`` (see `candidate_sizes`).
     learned_share : float
         Part of the budget that an augmented dictionary spends on learned atoms.
 
@@ -135,7 +138,7 @@ def factor_size(
         return FactorSize(0, rank, rank)
     if method == "cospadi" and dictionary != "learned":
         n_atoms = 0
-        if dictionary == "augmented":
+        if dictionary != "identity":
             n_atoms = learned_atoms(d_out, ratio, learned_share)
         sparsity = augmented_sparsity(
             d_in, d_out, ratio, n_atoms=n_atoms, convention=convention, widths=widths
@@ -151,6 +154,46 @@ def factor_size(
         max_atoms=min(d_in, d_out) if entry.orthonormal else None,
     )
     return FactorSize(0, n_atoms, sparsity)
+
+
+def candidate_sizes(
+    d_in: int,
+    d_out: int,
+    ratio: float,
+    *,
+    k_over_s: float = 2.0,
+    convention: RatioConvention = "stored",
+    widths: StorageWidths,
+    learned_share: float = 0.1,
+) -> tuple[FactorSize, ...]:
+    """Sizes among which ``auto`` chooses, all within one budget: the planned one first.
+
+    Augmented dictionaries with several shares of learned atoms, identity atoms alone, a truncated SVD, and a code over
+    learned atoms alone. What does not fit is left out.
+
+    Parameters
+    ----------
+    d_in, d_out, ratio, k_over_s, convention, widths, learned_share
+        See `factor_size`.
+    """
+
+    def size(method: str, dictionary: DictionaryKind, share: float = learned_share) -> FactorSize:
+        return factor_size(
+            method,
+            d_in,
+            d_out,
+            ratio,
+            k_over_s=k_over_s,
+            convention=convention,
+            widths=widths,
+            dictionary=dictionary,
+            learned_share=share,
+        )
+
+    found = [size("cospadi", "augmented")]
+    found += [size("cospadi", "augmented", share) for share in OTHER_SHARES]
+    found += [size("cospadi", "identity"), size("svd-llm", "learned"), size("cospadi", "learned")]
+    return tuple(dict.fromkeys(one for one in found if one.sparsity))
 
 
 def learned_atoms(d_out: int, ratio: float, share: float) -> int:

@@ -124,7 +124,7 @@ def _refine(
 ) -> tuple[list[RoundedFactor], float]:
     """Run the rounds from the factors and their plain rounding; the best state and its error."""
     best = current = start
-    best_error = _error(members, best)
+    best_error = rounding_error(members, best)
     for _ in range(rounds):
         before = best_error
         refitted = [
@@ -258,9 +258,10 @@ def _better(
     best: list[RoundedFactor],
     best_error: float,
 ) -> tuple[list[RoundedFactor], float]:
-    error = _error(members, state)
+    error = rounding_error(members, state)
     return (state, error) if error < best_error else (best, best_error)
 
 
-def _error(members: Sequence[Member], factors: Sequence[RoundedFactor]) -> float:
+def rounding_error(members: Sequence[Member], factors: Sequence[RoundedFactor]) -> float:
+    """Error of rounded factors in the members' metrics, see `cospadi.learn.member.group_error`."""
     return group_error(members, [factor.decoded().dense_weight() for factor in factors])

@@ -284,10 +284,11 @@ class Job:
             refit=self.recipe.refit,
             objective=self.recipe.group_objective,
             bias_dtype=STORAGE_DTYPES[self.recipe.storage_dtype],
+            candidates=plan.candidates,
         )
 
     def _accept(self, name: str, factor: SparseFactor, report: dict[str, Any]) -> None:
-        plan = self.planned[name]
+        plan, spec = self.planned[name], factor.spec
         self.factors[name] = factor
         self.reports[name] = report
         self.log.emit(
@@ -295,10 +296,11 @@ class Job:
             module=name,
             index=len(self.factors) + len(self.failed),
             total=len(self.planned),
-            d_in=plan.d_in,
-            d_out=plan.d_out,
-            n_atoms=plan.n_atoms,
-            sparsity=plan.sparsity,
+            d_in=spec.d_in,
+            d_out=spec.d_out,
+            n_identity=spec.n_identity,
+            n_atoms=spec.n_atoms,
+            sparsity=spec.sparsity,
             leader=plan.leader,
             cost=plan.cost,
             resumed=name in self._resumed,

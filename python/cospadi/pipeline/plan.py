@@ -13,7 +13,7 @@ from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES, FactorSpec, Support, removed_shares
 from cospadi.learn.budget import VALUE_BITS, StorageWidths
 from cospadi.learn.grouping import groups_by_position as consecutive
-from cospadi.learn.methods import factor_size
+from cospadi.learn.methods import FactorSize, candidate_sizes, factor_size
 from cospadi.learn.quantize import INTEGER_BITS, StorageTypes
 from cospadi.model.discover import Skipped, TargetLinear, match_names
 from cospadi.pipeline.recipe import Override, Recipe
@@ -31,6 +31,8 @@ class ModulePlan:
         Identity atoms and learned atoms.
     dictionary_dtype, coeffs_dtype, coeffs_group
         Storage types.
+    candidates : tuple of FactorSize
+        Sizes at the same bytes among which the fit chooses; empty where there is no choice.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModulePlan:
     dictionary_dtype: str = "bfloat16"
     coeffs_dtype: str = "bfloat16"
     coeffs_group: int = 0
+    candidates: tuple[FactorSize, ...] = ()
 
     @property
     def spec(self) -> FactorSpec:
@@ -235,17 +238,17 @@ def _plan_group(
     if is_dense:
         return skip("kept dense by an override")
     types = recipe.types_at(ratio, first.d_in)
-    size = factor_size(
-        recipe.method,
-        first.d_in,
-        sum(member.d_out for member in members),
-        ratio,
-        k_over_s=k_over_s,
-        convention=recipe.ratio_convention,
-        widths=storage_widths(types),
-        dictionary=recipe.atoms,
-        learned_share=recipe.learned_share,
-    )
+    d_out = sum(member.d_out for member in members)
+    limits: dict[str, Any] = {
+        "k_over_s": k_over_s,
+        "convention": recipe.ratio_convention,
+        "widths": storage_widths(types),
+        "learned_share": recipe.learned_share,
+    }
+    size = factor_size(recipe.method, first.d_in, d_out, ratio, dictionary=recipe.atoms, **limits)
+    candidates: tuple[FactorSize, ...] = ()
+    if recipe.atoms == "auto":
+        candidates = candidate_sizes(first.d_in, d_out, ratio, **limits)
     if size.sparsity < 1:
         return skip(f"too small: nothing fits at ratio {ratio}")
     plans = [
@@ -263,6 +266,7 @@ def _plan_group(
             dictionary_dtype=types.dictionary if size.n_atoms else "bfloat16",
             coeffs_dtype=types.coeffs,
             coeffs_group=types.coeffs_group,
+            candidates=candidates,
         )
         for member in members
     ]

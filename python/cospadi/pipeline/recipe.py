@@ -85,10 +85,12 @@ class Recipe:
         Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
     k_over_s : float
         Atoms per coefficient of a column.
-    dictionary : {"learned", "identity", "augmented"} or None
-        Atoms of the method ``cospadi``: learned ones (the paper), the inputs themselves, or both. None: both, but
-        learned ones where a setting of their alternation is given (`LEARNED_ONLY`), and the inputs alone beside
-        integer coefficients, unless groups or a type of dictionaries are asked for.
+    dictionary : {"learned", "identity", "augmented", "auto"} or None
+        Atoms of the method ``cospadi``: learned ones (the paper), the inputs themselves, both, or, for every linear,
+        whichever of these, several shares of learned atoms and a truncated SVD has the least error at its bytes
+        (`cospadi.learn.choice`; several times the time of ``augmented``). None: both, but learned ones where a setting
+        of their alternation is given (`LEARNED_ONLY`), and the inputs alone beside integer coefficients, unless groups
+        or a type of dictionaries are asked for.
     learned_share : float
         Part of the budget that an augmented dictionary spends on learned atoms.
     allocation : {"uniform", "loss"}
@@ -292,11 +294,17 @@ class Recipe:
             raise InputError(
                 f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
             )
-        if self.method == "cospadi" and self.atoms != "learned" and self._of_alternation():
+        if (
+            self.method == "cospadi"
+            and self.atoms not in ("learned", "auto")
+            and self._of_alternation()
+        ):
             raise InputError(
                 f"{self._of_alternation()[0]}: belongs to learned dictionaries, not to {self.atoms} ones; leave it out "
                 "or give --dictionary learned"
             )
+        if self.atoms == "auto" and self.group_size > 1:
+            raise InputError("dictionary: auto works with group_size 1, a choice for every linear")
         for name, value, off in (
             ("output_metric", self.output_metric, "none"),
             ("allocation", self.allocation, "uniform"),

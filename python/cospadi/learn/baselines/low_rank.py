@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cospadi.learn.init import signal_svd
+from cospadi.learn.member import Member
 from cospadi.learn.result import FloatFactor, full_indices
 from cospadi.learn.whitening import Whitening
 
@@ -34,3 +35,25 @@ def low_rank(weight: torch.Tensor, whitening: Whitening, rank: int) -> FloatFact
     dictionary = whitening.unwhiten_atoms(svd.right[:rank] * roots[:, None])
     coeffs = svd.left[:, :rank] * roots
     return FloatFactor(dictionary, full_indices(weight.shape[0], coeffs.shape[1]), coeffs)
+
+
+def truncated(member: Member, rank: int) -> FloatFactor:
+    """Best rank-``rank`` factors in a member's metric, that of its outputs included.
+
+    Parameters
+    ----------
+    member : Member
+        Weight and metric.
+    rank : int
+        ``1 <= rank <= min(d_in, d_out)``.
+
+    Returns
+    -------
+    FloatFactor
+        As `low_rank`.
+    """
+    if member.output is None:
+        return low_rank(member.weight, member.whitening, rank)
+    factor = low_rank(member.output.factor @ member.weight.double(), member.whitening, rank)
+    coeffs = torch.linalg.solve_triangular(member.output.factor, factor.coeffs, upper=True)
+    return FloatFactor(factor.dictionary, factor.indices, coeffs)
