@@ -75,7 +75,9 @@ def shortlist(
 ) -> list[FactorSize]:
     """Sizes that may turn out best, by coarse fits; the most promising first.
 
-    Of several sizes with both kinds of atoms only the best one stays.
+    The first of `sizes` always stays: coarse fits flatter small numbers of learned atoms, which need longer to find
+    their places (layer 15 of SmolLM2-135M, v and o: a share of 0.1 looked best and 0.2 was, by 2 and 8 %). Of the other
+    sizes with both kinds of atoms only the best one does.
 
     Parameters
     ----------
@@ -93,11 +95,7 @@ def shortlist(
         errors[size] = relative_group_error(members, found.factors)
     ranked = sorted(errors, key=lambda size: errors[size])
     best_error = errors[ranked[0]]
-    chosen: list[FactorSize] = []
-    for size in ranked:
-        is_mixed = bool(size.n_identity and size.n_atoms)
-        if is_mixed and any(s.n_identity and s.n_atoms for s in chosen):
-            continue
-        if errors[size] <= MARGIN * best_error:
-            chosen.append(size)
-    return chosen
+    others = [size for size in ranked if size != sizes[0] and errors[size] <= MARGIN * best_error]
+    mixed = [size for size in others if size.n_identity and size.n_atoms]
+    kept = {sizes[0], *mixed[:1], *(size for size in others if size not in mixed)}
+    return [size for size in ranked if size in kept]
