@@ -501,3 +501,29 @@ def test_kill_9_leaves_nothing_that_loads_and_resumes(tiny_model_dir, tiny_text,
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming: " in done.stdout
     assert (out / "config.json").exists()
+
+
+def test_plan_takes_the_settings_of_compress(cli, tiny_model_dir, tmp_path):
+    source, plan = str(tiny_model_dir("llama")), tmp_path / "plan.json"
+    options = ["--ratio", "0.4", "--dictionary", "learned", "--group-size", "2", "--seed", "0"]
+    code, _, errors = cli("plan", source, *options, "--calibration", "builtin", "--json", str(plan))
+    assert code == 0, errors
+    modules = json.loads(plan.read_text())["modules"]
+    assert all(module["n_identity"] == 0 for module in modules)
+    assert any(module["leader"] != module["name"] for module in modules)
+    code, _, errors = cli("plan", source, "--ratio", "0")
+    assert code == 2
+    assert "ratio" in errors
+
+
+def test_atoms_are_shown_with_the_inputs_among_them(cli, tiny_model_dir, tmp_path):
+    out = str(tmp_path / "out")
+    code, said, errors = cli(
+        "compress", str(tiny_model_dir("llama")), "--out", out, "--ratio", "0.3",
+        "--samples", "4", "--sequence-length", "64",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert said.startswith("loading ")
+    assert "cospadi (augmented dictionaries)" in said
+    assert "k=64+8 " in said
+    assert "k=64+8 " in cli("inspect", out)[1]

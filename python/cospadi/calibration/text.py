@@ -277,7 +277,9 @@ def _json_text(line: str, name: str, number: int) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}, line {number} is not valid JSON: {one_line(error)}") from error
+        # its own line number is that within this one line
+        reason = getattr(error, "msg", None) or one_line(error)
+        raise InputError(f"{name}, line {number} is not valid JSON: {reason}") from error
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{name}, line {number} must be a JSON object with a string field "text"')

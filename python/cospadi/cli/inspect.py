@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from cospadi.cli.common import describe_ratio, megabytes, show_warning, write_json
+from cospadi.cli.live import atoms_text
 
 
 def inspect_command(
@@ -36,7 +37,7 @@ def inspect_command(
     for name, module in data["modules"].items():
         error = "?" if name in unknown else format(errors[name], ".4f")
         typer.echo(
-            f"{name}  {module['d_in']}x{module['d_out']}  k={module['n_atoms']} s={module['sparsity']} "
+            f"{name}  {module['d_in']}x{module['d_out']}  k={atoms_text(module)} s={module['sparsity']} "
             f"{module['support']} {module['coeffs_dtype']}  error {error}  "
             f"{module['stored_bytes']:,} bytes, {module['bits_per_weight']:.2f} bits per weight"
             + _describe_loss(module)

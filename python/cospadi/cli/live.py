@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def atoms_text(sizes: Mapping[str, Any]) -> str:
+    """Learned atoms K; where the inputs are atoms as well, their number and K."""
+    n_identity, n_atoms = sizes["n_identity"], sizes["n_atoms"]
+    return f"{n_identity}+{n_atoms}" if n_identity else str(n_atoms)
 
 
 class Eta:
@@ -73,6 +79,9 @@ class PlainListener:
         handler: Callable[[Event], None] | None = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
+
+    def _on_loading(self, event: Event) -> None:
+        typer.echo(f"loading {event['model']}")
 
     def _on_start(self, event: Event) -> None:
         self._eta.start(event["total_cost"])
@@ -141,7 +150,7 @@ class PlainListener:
             return
         typer.echo(
             f"[{event['index']}/{event['total']}] {event['module']} {event['d_in']}x{event['d_out']} "
-            f"k={event['n_atoms']} s={event['sparsity']} error={event['relative_error']:.4f} "
+            f"k={atoms_text(event)} s={event['sparsity']} error={event['relative_error']:.4f} "
             f"{event['seconds']:.1f} s, {self._eta.text()} left"
         )
 
@@ -170,6 +179,9 @@ class LiveListener(PlainListener):
     ) -> None:
         self._current = ""
         self._live.__exit__(kind, error, traceback)
+
+    def _on_loading(self, event: Event) -> None:
+        self._status = f"loading {event['model']}"
 
     def _print(self, text: str) -> None:
         from rich.text import Text
@@ -230,7 +242,7 @@ class LiveListener(PlainListener):
             table.add_row(
                 event["module"],
                 f"{event['d_in']}x{event['d_out']}",
-                str(event["n_atoms"]),
+                atoms_text(event),
                 str(event["sparsity"]),
                 f"{event['relative_error']:.4f}",
                 "resumed" if event["resumed"] else f"{event['seconds']:.1f}",
@@ -240,8 +252,11 @@ class LiveListener(PlainListener):
 
 def describe_start(event: Event) -> str:
     """One line about what is going to happen."""
+    method = event["method"]
+    if method == "cospadi":
+        method += f" ({event['dictionary']} dictionaries)"
     return (
-        f"{event['model']}: {event['method']}, {event['n_modules']} linears, removing "
+        f"{event['model']}: {method}, {event['n_modules']} linears, removing "
         f"{event['removed']['stored']:.1%} of their bytes ({event['removed']['values']:.1%} of values); "
         f"calibration: {event['calibration']}; {event['threads']} threads, {event['isa']}"
     )

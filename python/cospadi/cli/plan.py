@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from cospadi.cli import options
 from cospadi.cli.common import (
     build_recipe,
     describe_ratio,
@@ -18,45 +19,42 @@ from cospadi.cli.common import (
 
 def plan_command(
     model: str = typer.Argument(..., help="Hugging Face folder, hub id, or GGUF file."),
-    ratio: float | None = typer.Option(
-        None, help="Removed share of the compressed linears, 0 to 1 [0.2]."
-    ),
-    bits: float | None = typer.Option(
-        None, help="Bits per weight of the compressed linears, in place of a ratio."
-    ),
-    target_size: str | None = typer.Option(
-        None, help="Bytes of all weights of the result, such as 120MB, in place of a ratio."
-    ),
-    ratio_convention: str | None = typer.Option(None, help="stored or nominal [stored]."),
-    method: str | None = typer.Option(None, help="As in compress [cospadi]."),
-    preset: str | None = typer.Option(None, help="As in compress [fast]."),
-    k_over_s: float | None = typer.Option(None, help="Atoms per coefficient of a column [2.0]."),
-    target: list[str] = typer.Option(
-        [], help="Regular expression on module names to compress; repeatable."
-    ),
-    ignore: list[str] = typer.Option(
-        [], help="Regular expression on module names to leave; repeatable."
-    ),
-    recipe: Path | None = typer.Option(None, help="YAML file with any of these settings."),
-    settings: list[str] = typer.Option([], "--set", help="key=value; repeatable."),
+    ratio: options.Ratio = None,
+    bits: options.Bits = None,
+    target_size: options.TargetSize = None,
+    ratio_convention: options.RatioConvention = None,
+    method: options.Method = None,
+    preset: options.Preset = None,
+    dictionary: options.Dictionary = None,
+    solver: options.Solver = None,
+    iterations: options.Iterations = None,
+    power_iterations: options.PowerIterations = None,
+    k_over_s: options.KOverS = None,
+    init: options.Init = None,
+    group_size: options.GroupSize = None,
+    coeffs_dtype: options.CoeffsDtype = None,
+    dictionary_dtype: options.DictionaryDtype = None,
+    sequential: options.Sequential = False,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    target: options.Target = None,
+    ignore: options.Ignore = None,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
     json_out: Path | None = typer.Option(
         None, "--json", help="Write the plan as JSON; - for stdout."
     ),
 ) -> None:
-    """Show what compress would do to MODEL: sizes and bytes, what stays dense and why. Reads no weights."""
+    """Show what compress would do to MODEL: sizes and bytes, what stays dense and why. Reads no weights.
+
+    Takes the options of compress that say what is to be done. With allocation by loss, or dictionary auto, sizes are
+    those of even shares and augmented dictionaries: what linears get is decided by their fits.
+    """
+    given = options.given_settings(locals())
     quiet_libraries()
-    options = {
-        "ratio": ratio,
-        "bits": bits,
-        "target_size": target_size,
-        "ratio_convention": ratio_convention,
-        "method": method,
-        "preset": preset,
-        "k_over_s": k_over_s,
-        "targets": target,
-        "ignore": ignore,
-    }
-    built = build_recipe(recipe, options, settings)
+    built = build_recipe(recipe, given, settings or [])
     from cospadi.model.discover import discover
     from cospadi.model.source import source_shapes
     from cospadi.pipeline.plan import make_plan

@@ -137,6 +137,8 @@ def compress(
             raise InputError(f"threads: expected at least 1, got {num_threads}")
         torch.set_num_threads(num_threads)
 
+    if listener is not None:
+        listener({"event": "loading", "model": str(model)})
     source = open_source(model)
     # what can be refused is refused before anything is written
     recipe = with_ratio_for_size(source.model, *_plan_inputs(source, recipe), recipe)
@@ -266,6 +268,9 @@ def check_output(out: str | Path) -> Path:
         raise InputError(f"{out_dir}: is a file; --out must name a new or empty directory")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise InputError(f"{out_dir}: is not empty; --out must name a new or empty directory")
+    for parent in out_dir.parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{out_dir}: cannot be written: {parent} is a file")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         probe = out_dir.parent / f".{out_dir.name}.probe"
@@ -301,7 +306,8 @@ def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | N
     try:
         check_ids(source.model, calibration.ids, length=calibration.ids.shape[1])
     except InputError as error:
-        raise InputError(f"calibration: {error}; see --sequence-length") from None
+        hint = "; see --sequence-length" if "context" in str(error) else ""
+        raise InputError(f"calibration: {error}{hint}") from None
     return calibration
 
 
@@ -320,6 +326,7 @@ def _run_settings(
 def _describe(plan: Plan, calibration: CalibrationSet | None, recipe: Recipe) -> dict[str, Any]:
     return {
         "method": recipe.method,
+        "dictionary": recipe.atoms,
         "ratio": recipe.ratio,
         "ratio_convention": recipe.ratio_convention,
         "n_modules": len(plan.modules),

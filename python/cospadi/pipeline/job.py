@@ -309,6 +309,7 @@ class Job:
 
     def _keep_dense(self, members: Sequence[ModulePlan], reason: str) -> None:
         """A failed matrix never loses the run: its group stays dense, is reported, and the result is partial."""
+        reason = reason.removeprefix(f"{members[0].name}: ")
         for plan in members:
             self.failed.append(Skipped(plan.name, (plan.d_out, plan.d_in), reason))
             self.log.emit("failed", module=plan.name, reason=reason, cost=plan.cost)

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "output_metric": "fisher",
         "allocation": "loss",
         "backward_samples": 24,
-        "penalty_growth": 1.1,
+        "first_penalty": 0.003,
+        "penalty_growth": 1.03,
     },
 }
