@@ -163,15 +163,13 @@ class Split:
     def _solve(self, penalty: float) -> torch.Tensor:
         """The code over all atoms, rotated where there is an output metric."""
         if self.outputs is None:
-            lower = ridged_factor(self.problem.gram, penalty)
             right = self.problem.correlations + penalty * (self.sparse - self.dual)
-            return torch.cholesky_solve(right.T, lower).T
+            return _ridge_solution(self.problem.gram, penalty, right)
         right = self.rotated_sparse - self.rotated_dual
         for value, rows in self.outputs.levels:
             ridge = penalty / value
-            lower = ridged_factor(self.problem.gram, ridge)
             part = self.problem.correlations[rows] + ridge * right[rows]
-            right[rows] = torch.cholesky_solve(part.T, lower).T
+            right[rows] = _ridge_solution(self.problem.gram, ridge, part)
         return right
 
     def _place_atoms(self) -> None:
@@ -197,6 +195,18 @@ class Split:
         part = torch.linalg.lstsq(learned.T, self.member.signals.T).solution.T
         everything = torch.cat([remainder - part @ self.dictionary.T, part], 1)
         return self._scaled(everything.float())
+
+
+def _ridge_solution(gram: torch.Tensor, ridge: float, right: torch.Tensor) -> torch.Tensor:
+    """``right (gram + ridge I)^-1``.
+
+    With as many rows as atoms or more one product with the inverse is faster than two triangular solves (1536 rows and
+    824 atoms: 30 ms instead of 45), and at the conditions that the ridge leaves as accurate (3e-7 apart).
+    """
+    lower = ridged_factor(gram, ridge)
+    if right.shape[0] >= gram.shape[0]:
+        return right @ torch.cholesky_inverse(lower)
+    return torch.cholesky_solve(right.T, lower).T
 
 
 @dataclass
