@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from made_up import DENSE, METHODS, PROJECTIONS, comparison, failed, large, linear_bytes, run
 
-from cospadi.report import figures, svg
+from cospadi.report import figures, maps, svg
 from cospadi.report.result import read_result
 
 TEXT = "wiki.test.raw"
@@ -147,11 +147,11 @@ def test_a_comparison_without_results_draws_nothing():
     ],
 )
 def test_place_of_a_module(module, place):
-    assert figures.place_of(module) == place
+    assert maps.place_of(module) == place
 
 
 def test_short_names_stay_unique():
-    names = figures.short_names(["attn.c_proj", "mlp.c_proj", "mlp.c_fc"])
+    names = maps.short_names(["attn.c_proj", "mlp.c_proj", "mlp.c_fc"])
     assert names == {"attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj", "mlp.c_fc": "c_fc"}
 
 
@@ -166,7 +166,7 @@ def test_cells_have_the_colour_of_their_error_on_one_scale():
         assert len(cells) == 30 * len(PROJECTIONS)
         tips = {cell.find("title").text: cell.get("fill") for cell in cells}
         for name, module in item["modules"].items():
-            layer, projection = figures.place_of(name)
+            layer, projection = maps.place_of(name)
             error = module["relative_error"]
             colour = tips[f"layer {layer}, {projection}: {error:.3f}"]
             shown.append((error, colour))

@@ -7,7 +7,7 @@ from cospadi.report.result import Result
 CONVENTIONS = {
     "stored": (
         "stored",
-        "tensors as they are written: values, masks, scales, padding to whole bytes. Methods are ranked by this one",
+        "tensors as they are written: values, masks, scales, padding to whole bytes",
     ),
     "file": ("file", "whole files, headers included"),
     "values": (

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from cospadi.report import svg
+from cospadi.report.maps import (
+    Cells,
+    Places,
+    cells_of,
+    colour_bar,
+    colour_scale,
+    map_panel,
+    places_of,
+)
 from cospadi.report.markup import element
 from cospadi.report.numbers import (
-    MISSING,
     THIN_SPACE,
     byte_unit,
     in_unit,
@@ -205,34 +212,11 @@ def _mark(result: Result, point: _Point, index: int, x: svg.Scale, y: svg.Scale)
 # ---- Error by layer and projection -----------------------------------------------------------------------------------
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def place_of(module: str) -> tuple[int | None, str]:
-    """Layer and projection of a module's name: its first number, and what follows; later numbers become ``*``.
-
-    ``model.layers.12.self_attn.q_proj`` is layer 12, ``self_attn.q_proj``; a name without a number has no layer.
-    """
-    found = _NUMBER.search(module)
-    if found is None:
-        return None, module
-    rest = module[found.end() + 1 :]
-    return int(found.group()), ".".join("*" if p.isdigit() else p for p in rest.split("."))
-
-
-def short_names(projections: Sequence[str]) -> dict[str, str]:
-    """Last part of each projection's name where that tells it from the others, the whole name otherwise."""
-    last = Counter(name.rsplit(".", 1)[-1] for name in projections)
-    return {
-        name: tail if last[tail := name.rsplit(".", 1)[-1]] == 1 else name for name in projections
-    }
-
-
 @dataclass(frozen=True)
 class _Map:
     series: Series
     run: Run
-    cells: Mapping[tuple[str, int | None], float]
+    cells: Cells
 
 
 def chosen_runs(result: Result) -> tuple[float | None, list[tuple[Series, Run]]]:
@@ -276,117 +260,37 @@ def _errors(run: Run) -> dict[str, float]:
 def error_figure(result: Result) -> Figure:
     """One map per method, all on one colour scale: relative error by projection (rows) and layer (columns)."""
     ratio, runs = chosen_runs(result)
-    maps = [_Map(series, run, _cells(run)) for series, run in runs]
+    maps = [_Map(series, run, cells_of(_errors(run))) for series, run in runs]
     without = [name for name in result.names if name not in {m.series.name for m in maps}]
     notes = []
     if without:
         notes.append(f"No errors known: {', '.join(without)}.")
     if not maps:
         return Figure([], notes)
-    modules = {name for m in maps for name in m.run.modules}
-    places = dict.fromkeys(
-        place_of(name) for m in maps for name in m.run.modules
-    )  # in the model's order
-    if len(places) < len(modules):
+    modules = dict.fromkeys(name for m in maps for name in m.run.modules)  # in the model's order
+    places = places_of(modules)
+    if len(places.used) < len(modules):
         notes.append("Modules that differ in a second number only (experts) are averaged.")
-    rows = list(dict.fromkeys(projection for _, projection in places))
-    numbers = sorted({layer for layer, _ in places if layer is not None})
-    columns: list[int | None] = [*numbers]
-    if any(layer is None for layer, _ in places):
-        columns.append(None)
-    values = [value for m in maps for value in m.cells.values()]
-    ticks = svg.linear_ticks(min(values), max(values) + 1e-9, 5)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else max(max(values) / 4, 1e-3)
-    low = math.floor(min(values) / step) * step
-    scale = svg.Scale((low, max(math.ceil(max(values) / step) * step, low + step)), (0.0, 1.0))
-    if any(len(m.cells) < len(places) for m in maps):
+    scale = colour_scale([value for m in maps for value in m.cells.values()])
+    if any(len(m.cells) < len(places.used) for m in maps):
         notes.append("Crossed cells: no error known (module left dense, or not part of the run).")
-    panels = [_colour_bar(scale)]
-    panels += [_error_panel(m, ratio, rows, columns, places, scale) for m in maps]
+    panels = [colour_bar(scale, "relative error")]
+    panels += [_error_panel(m, ratio, places, scale) for m in maps]
     return Figure(panels, notes)
 
 
-def _cells(run: Run) -> dict[tuple[str, int | None], float]:
-    found: dict[tuple[str, int | None], list[float]] = {}
-    for name, error in _errors(run).items():
-        layer, projection = place_of(name)
-        found.setdefault((projection, layer), []).append(error)
-    return {place: statistics.fmean(errors) for place, errors in found.items()}
-
-
-def _colour_bar(scale: svg.Scale) -> ET.Element:
-    width, left, n_steps = 250.0, 12.0, 50
-    step = width / n_steps
-    group = element("g")
-    for i in range(n_steps):
-        colour = svg.viridis((i + 0.5) / n_steps)
-        bar = element("rect", x=left + i * step, y=2, width=step + 0.5, height=12, fill=colour)
-        group.append(bar)
-    place = svg.Scale(scale.domain, (left, left + width))
-    for tick in svg.linear_ticks(*scale.domain, 6):
-        label = svg.text(place(tick), 28, f"{tick:.3g}", anchor="middle", style="tick")
-        group.append(label)
-    drawing = svg.figure_svg(width + 2 * left, 34, "Colour scale of the relative error", group)
-    return element("div", "relative error", drawing, class_="colour-bar")
-
-
 def _error_panel(
-    error_map: _Map,
-    ratio: float | None,
-    rows: Sequence[str],
-    columns: Sequence[int | None],
-    places: Mapping[tuple[int | None, str], None],
-    scale: svg.Scale,
+    error_map: _Map, ratio: float | None, places: Places, scale: svg.Scale
 ) -> ET.Element:
-    names = short_names(rows)
-    left = min(150.0, 10 + svg.CHARACTER_WIDTH * max(map(len, names.values())))
-    cell_w, cell_h, right = min(24.0, 384 / len(columns)), 14.0, 46.0
-    group = element("g")
-    for row, projection in enumerate(rows):
-        at = row * cell_h
-        label = svg.shorten(names[projection], left - 6)
-        group.append(svg.text(left - 6, at + 11, label, anchor="end", style="tick"))
-        found = []
-        for column, layer in enumerate(columns):
-            if (layer, projection) not in places:
-                continue
-            x, error = left + column * cell_w, error_map.cells.get((projection, layer))
-            where = f"layer {layer}, {projection}" if layer is not None else projection
-            frame = {"x": x, "y": at, "width": cell_w - 0.5, "height": cell_h - 0.5}
-            if error is None:
-                group.append(
-                    element("rect", svg.title(f"{where}: not known"), class_="void", **frame)
-                )
-                group.append(svg.line(x, at + cell_h - 0.5, x + cell_w - 0.5, at, "void"))
-            else:
-                found.append(error)
-                tooltip = svg.title(f"{where}: {error:.3f}")
-                group.append(element("rect", tooltip, fill=svg.viridis(scale(error)), **frame))
-        mean = f"{statistics.fmean(found):.3f}" if found else MISSING
-        end = left + len(columns) * cell_w
-        group.append(svg.text(end + 6, at + 11, mean, style="tick"))
-    bottom = len(rows) * cell_h
-    every = max(1, math.ceil(28 / cell_w))
-    for column in range(0, len(columns), every):
-        layer = columns[column]
-        label = "other" if layer is None else str(layer)
-        x = left + (column + 0.5) * cell_w
-        group.append(svg.text(x, bottom + 13, label, anchor="middle", style="tick faint"))
-    width = left + len(columns) * cell_w
-    group.append(svg.text(width + 6, bottom + 13, "mean", style="tick faint"))
-    average = statistics.fmean(error_map.cells.values())
     series = error_map.series
-    heading = f"{series.name}: mean {average:.3f}"
+    heading = f"{series.name}: mean {statistics.fmean(error_map.cells.values()):.3f}"
     if series.ratio_asked != ratio:
         asked = series.ratio_asked
         heading += ", size of its own" if asked is None else f", ratio {asked:g}"
     if len(series.runs) > 1:
         heading += f", seed {error_map.run.seed}"
     description = f"Relative error of {series.name} by layer and projection"
-    drawing = svg.figure_svg(width + right, bottom + 18, description, group)
-    drawing.set("style", f"max-width:{round(width + right)}px")
-    caption = element("figcaption", heading)
-    return element("figure", caption, element("div", drawing, class_="scroll"), class_="panel")
+    return map_panel(heading, description, error_map.cells, places, scale)
 
 
 # ---- Spectrum against use of the atoms -------------------------------------------------------------------------------

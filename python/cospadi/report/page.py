@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -10,15 +10,20 @@ from xml.etree import ElementTree as ET
 from cospadi.report import figures, tables
 from cospadi.report.conventions import CONVENTIONS, conventions_of
 from cospadi.report.files import write_text
-from cospadi.report.markup import Child, document, element, extend
+from cospadi.report.markup import Child, element, extend
 from cospadi.report.numbers import MISSING, THIN_SPACE, percent, plural, quantity, size
+from cospadi.report.parts import (
+    as_text,
+    code,
+    exact_size,
+    facts,
+    figure_section,
+    page_text,
+    section,
+    whole,
+)
 from cospadi.report.ranking import RATIO_TOLERANCE, TIE_ERRORS, is_over_budget
 from cospadi.report.result import DONE, PARTIAL, Result, read_result
-
-STYLE_FILE = "page.css"
-
-CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""The browser refuses anything that is not in the file, scripts included."""
 
 
 def write_html(result: Mapping[str, Any], path: str | Path) -> None:
@@ -35,16 +40,6 @@ def write_html(result: Mapping[str, Any], path: str | Path) -> None:
 def html_text(result: Mapping[str, Any]) -> str:
     """The page as text. It depends on nothing but the data: the same data gives the same bytes."""
     data = read_result(result)
-    style = Path(__file__).with_name(STYLE_FILE).read_text(encoding="utf-8")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=CONTENT_POLICY),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", data.title),
-        element("style", style),
-    )
     sections = (
         _header(data),
         _best(data),
@@ -56,8 +51,7 @@ def html_text(result: Mapping[str, Any]) -> str:
         _failures(data),
         _conditions(data),
     )
-    body = element("body", element("main", *(s for s in sections if s is not None)))
-    return document(element("html", head, body, lang="en"))
+    return page_text(data.title, sections)
 
 
 # ---- Sections --------------------------------------------------------------------------------------------------------
@@ -82,13 +76,13 @@ def _header(data: Result) -> ET.Element:
     dense = [f"{quantity(v)} on {t}" for t in data.texts if (v := data.dense_perplexity.get(t))]
     if dense:
         extend(lead, f" Perplexity of the dense model: {', '.join(dense)}.")
-    facts = _facts(
+    conditions = facts(
         ("Calibration", _calibration(data)),
-        ("Token ids, SHA-256", _code(data.calibration.get("ids_sha256"))),
+        ("Token ids, SHA-256", code(data.calibration.get("ids_sha256"))),
         ("Evaluation", _evaluation(data)),
-        ("Command", _code(data.command or None, "command")),
+        ("Command", code(data.command or None, "command")),
     )
-    return element("header", element("h1", data.title), lead, facts)
+    return element("header", element("h1", data.title), lead, conditions)
 
 
 def _best(data: Result) -> ET.Element | None:
@@ -99,7 +93,7 @@ def _best(data: Result) -> ET.Element | None:
         "Ranked are complete runs that store no more bytes than asked, up to "
         f"{percent(RATIO_TOLERANCE)} points of the dense size; positions, scales and padding count."
     )
-    return _section(
+    return section(
         "Lowest perplexity at equal stored bytes", table, element("p", note, class_="note")
     )
 
@@ -113,7 +107,7 @@ def _perplexity(data: Result) -> ET.Element | None:
         "bytes that are left. Down and to the right is better. All panels have the same axes.",
         *figure.notes,
     ]
-    return _figure_section("Perplexity against stored bytes", "Figure 1.", figure, caption)
+    return figure_section("Perplexity against stored bytes", "Figure 1.", figure.panels, caption)
 
 
 def _main(data: Result) -> ET.Element:
@@ -136,13 +130,15 @@ def _main(data: Result) -> ET.Element:
             "‡ interrupted and resumed: seconds and memory are those of the last process. "
         )
     notes.append(f"{MISSING} not measured.")
-    meanings = _facts(
+    meanings = facts(
         *((CONVENTIONS[key][0], CONVENTIONS[key][1]) for key in conventions if key in CONVENTIONS)
     )
     explained = element(
-        "p", "What “removed” counts, always against the dense bfloat16 weights:", class_="note"
+        "p",
+        "What “removed” counts, always against the dense bfloat16 weights (methods are ranked by stored bytes):",
+        class_="note",
     )
-    return _section(
+    return section(
         "Sizes, perplexity and cost",
         element("p", element("b", "Table 1. "), *notes, class_="note"),
         tables.main_table(data),
@@ -162,7 +158,7 @@ def _tasks(data: Result) -> ET.Element | None:
         "no task is missing."
     )
     caption = element("p", element("b", "Table 2. "), note, class_="note")
-    return _section("Zero-shot tasks", caption, tables.task_table(data), style="across")
+    return section("Zero-shot tasks", caption, tables.task_table(data), style="across")
 
 
 def _errors(data: Result) -> ET.Element | None:
@@ -177,7 +173,7 @@ def _errors(data: Result) -> ET.Element | None:
         "are means of a row.",
         *figure.notes,
     ]
-    return _figure_section("Error by layer and projection", "Figure 2.", figure, caption)
+    return figure_section("Error by layer and projection", "Figure 2.", figure.panels, caption)
 
 
 def _spectra(data: Result) -> ET.Element | None:
@@ -190,7 +186,7 @@ def _spectra(data: Result) -> ET.Element | None:
         "it).",
         *figure.notes,
     ]
-    return _figure_section("Spectrum and use of the atoms", "Figure 3.", figure, caption)
+    return figure_section("Spectrum and use of the atoms", "Figure 3.", figure.panels, caption)
 
 
 def _failures(data: Result) -> ET.Element | None:
@@ -205,65 +201,22 @@ def _failures(data: Result) -> ET.Element | None:
             items.append(element("li", name, element("pre", reason)))
     if not items:
         return None
-    return _section("Runs that are not complete", element("ul", *items, class_="failures"))
+    return section("Runs that are not complete", element("ul", *items, class_="failures"))
 
 
 def _conditions(data: Result) -> ET.Element:
     model = data.model
-    facts = _facts(
-        ("Model", _text(model.get("name"))),
-        ("Fingerprint of its weights", _code(model.get("fingerprint"))),
-        ("Parameters", _count(model.get("n_parameters"))),
-        ("Dense linears, bfloat16", _bytes(data.linear_bytes)),
-        ("Dense model, bfloat16", _bytes(model.get("model_bytes"))),
+    conditions = facts(
+        ("Model", as_text(model.get("name"))),
+        ("Fingerprint of its weights", code(model.get("fingerprint"))),
+        ("Parameters", whole(model.get("n_parameters"))),
+        ("Dense linears, bfloat16", exact_size(data.linear_bytes)),
+        ("Dense model, bfloat16", exact_size(model.get("model_bytes"))),
         ("Seeds", ", ".join(map(str, sorted({run.seed for run in data.runs})))),
         ("Machine", data.machine or None),
         ("Versions", ", ".join(f"{name} {value}" for name, value in data.versions.items()) or None),
     )
-    return _section("Conditions", facts)
-
-
-# ---- Parts -----------------------------------------------------------------------------------------------------------
-
-
-def _section(heading: str, *children: Child, style: str | None = None) -> ET.Element:
-    return element("section", element("h2", heading), *children, class_=style)
-
-
-def _figure_section(
-    heading: str, number: str, figure: figures.Figure, caption: Iterable[str]
-) -> ET.Element:
-    text = element("p", element("b", f"{number} "), " ".join(caption), class_="note")
-    drawn = element("div", *figure.panels, class_="panels")
-    return _section(heading, text, drawn if figure.panels else element("p", "Nothing to draw yet."))
-
-
-def _facts(*pairs: tuple[str, Child]) -> ET.Element:
-    """A list of terms; a term without a value is left out."""
-    facts = element("dl")
-    for term, value in pairs:
-        if value is not None:
-            facts.append(element("dt", term))
-            facts.append(element("dd", value))
-    return facts
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _code(value: object, style: str | None = None) -> ET.Element | None:
-    return None if value is None else element("code", str(value), class_=style)
-
-
-def _count(value: object) -> str | None:
-    return f"{value:,}".replace(",", THIN_SPACE) if isinstance(value, int) else _text(value)
-
-
-def _bytes(value: object) -> str | None:
-    if not isinstance(value, int):
-        return _text(value)
-    return f"{size(value)} ({_count(value)} bytes)"
+    return section("Conditions", conditions)
 
 
 def _calibration(data: Result) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cospadi.errors import InputError
+from cospadi.report import plain
 
 DONE, PARTIAL = "done", "partial"
 
@@ -260,29 +261,30 @@ def read_result(data: Mapping[str, Any]) -> Result:
         A missing key, a value of the wrong type or not finite, or a run that occurs twice; the message names the place.
     """
     where = "result"
-    model = _mapping(_key(data, "model", where), "model")
-    dense = _mapping(_key(data, "dense", where), "dense")
+    model = plain.mapping(plain.required(data, "model", where), "model")
+    dense = plain.mapping(plain.required(data, "dense", where), "dense")
     runs = tuple(
-        _run(item, f"runs[{i}]") for i, item in enumerate(_list(_key(data, "runs", where), "runs"))
+        _run(item, f"runs[{i}]")
+        for i, item in enumerate(plain.sequence(plain.required(data, "runs", where), "runs"))
     )
     return Result(
-        title=_text(_key(data, "title", where), "title"),
+        title=plain.text(plain.required(data, "title", where), "title"),
         model=model,
-        linear_bytes=_count(model, "linear_bytes", "model"),
-        calibration=_mapping(data.get("calibration"), "calibration"),
-        evaluation=_mapping(data.get("evaluation"), "evaluation"),
-        versions=_mapping(data.get("versions"), "versions"),
-        machine=_text(data.get("machine", ""), "machine"),
-        command=_text(data.get("command", ""), "command"),
-        dense_perplexity=_numbers(dense.get("perplexity"), "dense.perplexity"),
+        linear_bytes=plain.count(model, "linear_bytes", "model"),
+        calibration=plain.mapping(data.get("calibration"), "calibration"),
+        evaluation=plain.mapping(data.get("evaluation"), "evaluation"),
+        versions=plain.mapping(data.get("versions"), "versions"),
+        machine=plain.text(data.get("machine", ""), "machine"),
+        command=plain.text(data.get("command", ""), "command"),
+        dense_perplexity=plain.numbers(dense.get("perplexity"), "dense.perplexity"),
         dense_tasks=_scores(dense.get("tasks"), "dense.tasks"),
-        texts=_names(_key(data, "texts", where), "texts"),
-        tasks=_names(_key(data, "tasks", where), "tasks"),
+        texts=plain.names(plain.required(data, "texts", where), "texts"),
+        tasks=plain.names(plain.required(data, "tasks", where), "tasks"),
         runs=runs,
         series=_group(runs),
         spectra=tuple(
             _spectrum(item, f"spectra[{i}]")
-            for i, item in enumerate(_list(data.get("spectra", []), "spectra"))
+            for i, item in enumerate(plain.sequence(data.get("spectra", []), "spectra"))
         ),
     )
 
@@ -309,73 +311,78 @@ def _group(runs: Sequence[Run]) -> tuple[Series, ...]:
 
 
 def _run(item: Any, where: str) -> Run:  # noqa: ANN401
-    run = _mapping(item, where)
-    modules = _mapping(run.get("modules"), f"{where}.modules")
-    seed = _count(run, "seed", where)
+    run = plain.mapping(item, where)
+    modules = plain.mapping(run.get("modules"), f"{where}.modules")
+    seed = plain.count(run, "seed", where)
     if seed is None:
         raise InputError(f"{where}.seed: expected an integer, got none")
     return Run(
-        method=_text(_key(run, "method", where), f"{where}.method"),
-        label=_text(_key(run, "label", where), f"{where}.label"),
-        ratio_asked=_number(run.get("ratio_asked"), f"{where}.ratio_asked"),
+        method=plain.text(plain.required(run, "method", where), f"{where}.method"),
+        label=plain.text(plain.required(run, "label", where), f"{where}.label"),
+        ratio_asked=plain.number(run.get("ratio_asked"), f"{where}.ratio_asked"),
         seed=seed,
-        status=_text(_key(run, "status", where), f"{where}.status"),
-        ratio=_numbers(run.get("ratio"), f"{where}.ratio"),
-        model_ratio=_numbers(run.get("model_ratio"), f"{where}.model_ratio"),
-        stored_bytes=_count(run, "stored_bytes", where),
-        file_bytes=_count(run, "file_bytes", where),
-        perplexity=_numbers(run.get("perplexity"), f"{where}.perplexity"),
+        status=plain.text(plain.required(run, "status", where), f"{where}.status"),
+        ratio=plain.numbers(run.get("ratio"), f"{where}.ratio"),
+        model_ratio=plain.numbers(run.get("model_ratio"), f"{where}.model_ratio"),
+        stored_bytes=plain.count(run, "stored_bytes", where),
+        file_bytes=plain.count(run, "file_bytes", where),
+        perplexity=plain.numbers(run.get("perplexity"), f"{where}.perplexity"),
         tasks=_scores(run.get("tasks"), f"{where}.tasks"),
-        seconds=_numbers(run.get("seconds"), f"{where}.seconds"),
-        peak_memory_bytes=_count(run, "peak_memory_bytes", where),
+        seconds=plain.numbers(run.get("seconds"), f"{where}.seconds"),
+        peak_memory_bytes=plain.count(run, "peak_memory_bytes", where),
         is_resumed=bool(run.get("resumed", False)),
         modules={name: _module(m, f"{where}.modules[{name!r}]") for name, m in modules.items()},
     )
 
 
 def _module(item: Any, where: str) -> Module:  # noqa: ANN401
-    module = _mapping(item, where)
+    module = plain.mapping(item, where)
     return Module(
-        relative_error=_number(module.get("relative_error"), f"{where}.relative_error"),
-        n_atoms=_count(module, "n_atoms", where),
-        sparsity=_count(module, "sparsity", where),
-        stored_bytes=_count(module, "stored_bytes", where),
+        relative_error=plain.number(module.get("relative_error"), f"{where}.relative_error"),
+        n_atoms=plain.count(module, "n_atoms", where),
+        sparsity=plain.count(module, "sparsity", where),
+        stored_bytes=plain.count(module, "stored_bytes", where),
     )
 
 
 def _spectrum(item: Any, where: str) -> Spectrum:  # noqa: ANN401
-    spectrum = _mapping(item, where)
+    spectrum = plain.mapping(item, where)
     columns = []
     for key in ("singular_values", "support_use"):
         place = f"{where}.{key}"
-        values = [_number(v, place) for v in _list(_key(spectrum, key, where), place)]
+        values = [
+            plain.number(v, place)
+            for v in plain.sequence(plain.required(spectrum, key, where), place)
+        ]
         present = [value for value in values if value is not None]
         if len(present) != len(values) or any(value < 0 for value in present):
             raise InputError(f"{place}: expected numbers of at least 0")
         columns.append(tuple(sorted(present, reverse=True)))
-    return Spectrum(_text(_key(spectrum, "module", where), f"{where}.module"), *columns)
+    return Spectrum(
+        plain.text(plain.required(spectrum, "module", where), f"{where}.module"), *columns
+    )
 
 
 def _scores(item: Any, where: str) -> dict[str, Score]:  # noqa: ANN401
     scores = {}
-    for task, entry in _mapping(item, where).items():
+    for task, entry in plain.mapping(item, where).items():
         place = f"{where}[{task!r}]"
-        score = _mapping(entry, place)
-        value = _number(score.get("value"), f"{place}.value")
+        score = plain.mapping(entry, place)
+        value = plain.number(score.get("value"), f"{place}.value")
         if value is not None:
             items_id = score.get("items_sha256")
             scores[task] = Score(
                 value,
-                _number(score.get("stderr"), f"{place}.stderr"),
+                plain.number(score.get("stderr"), f"{place}.stderr"),
                 _items(score.get("item_scores", []), f"{place}.item_scores"),
-                None if items_id is None else _text(items_id, f"{place}.items_sha256"),
+                None if items_id is None else plain.text(items_id, f"{place}.items_sha256"),
             )
     return scores
 
 
 def _items(value: Any, where: str) -> tuple[float, ...]:  # noqa: ANN401
     """Many numbers, checked by their sum: one test per question and run would take seconds."""
-    items = tuple(_list(value, where))
+    items = tuple(plain.sequence(value, where))
     try:
         total = math.fsum(items)
     except (TypeError, ValueError, OverflowError):
@@ -383,58 +390,3 @@ def _items(value: Any, where: str) -> tuple[float, ...]:  # noqa: ANN401
     if not math.isfinite(total):
         raise InputError(f"{where}: expected finite numbers")
     return items
-
-
-def _key(data: Mapping[str, Any], key: str, where: str) -> Any:  # noqa: ANN401
-    if key not in data:
-        raise InputError(f"{where}: key {key!r} is missing; pass the data that `compare` wrote")
-    return data[key]
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: expected an object, got {_brief(value)}")
-    return {str(key): item for key, item in value.items()}
-
-
-def _list(value: Any, where: str) -> list[Any]:  # noqa: ANN401
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"{where}: expected a list, got {_brief(value)}")
-    return list(value)
-
-
-def _text(value: Any, where: str) -> str:  # noqa: ANN401
-    if not isinstance(value, str):
-        raise InputError(f"{where}: expected text, got {_brief(value)}")
-    return value
-
-
-def _names(value: Any, where: str) -> tuple[str, ...]:  # noqa: ANN401
-    return tuple(_text(name, f"{where}[{i}]") for i, name in enumerate(_list(value, where)))
-
-
-def _number(value: Any, where: str) -> float | None:  # noqa: ANN401
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{where}: expected a finite number, got {_brief(value)}")
-    return float(value)
-
-
-def _numbers(value: Any, where: str) -> dict[str, float]:  # noqa: ANN401
-    read = {key: _number(item, f"{where}[{key!r}]") for key, item in _mapping(value, where).items()}
-    return {key: number for key, number in read.items() if number is not None}
-
-
-def _count(data: Mapping[str, Any], key: str, where: str) -> int | None:
-    value = data.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InputError(f"{where}.{key}: expected an integer, got {_brief(value)}")
-    return value
-
-
-def _brief(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
