@@ -121,6 +121,22 @@ def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
     assert code == 4 and "model.safetensors" in stderr
 
 
+def test_report_is_written_again_with_measurements(copied, cli, tiny_text, tmp_path):
+    file = tmp_path / "e.json"
+    evaluate = ("eval", copied, "--text", tiny_text, "--context", 64, "--windows", 2)
+    assert cli(*evaluate, "--json", file)[0] == 0
+    before = (copied / "report.html").read_text(encoding="utf-8")
+    code, stdout, stderr = cli("report", copied, "--eval", file)
+    assert code == 0 and stdout.strip() == str(copied / "report.html"), stderr
+    page = (copied / "report.html").read_text(encoding="utf-8")
+    assert "2 windows of 64 tokens" in page and "2 windows of 64 tokens" not in before
+    assert cli("verify", copied)[0] == 0
+    code, _, stderr = cli("report", tmp_path)
+    assert code == 2 and "cospadi_report.json: missing" in one_line(stderr)
+    code, _, stderr = cli("report", copied, "--eval", tmp_path / "none.json")
+    assert code == 2 and "none.json: cannot be read" in one_line(stderr)
+
+
 def one_line(stderr: str) -> str:
     lines = stderr.strip().splitlines()
     assert len(lines) == 1, stderr

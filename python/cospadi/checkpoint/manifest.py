@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from cospadi.checkpoint.atomic import HELD_SUFFIX
 from cospadi.checkpoint.reader import checked_file
 from cospadi.checkpoint.strict_json import brief_text, read_json_object
-from cospadi.errors import CheckpointError
+from cospadi.errors import CheckpointError, InputError
 from cospadi.factor import brief
 
 MANIFEST_FILE = "cospadi_manifest.json"
@@ -42,15 +42,36 @@ class ManifestReport:
 def write_manifest(folder: Path) -> None:
     """Write the manifest of everything in `folder`; a held file is listed under its later name."""
     files = {
-        path.relative_to(folder).as_posix().removesuffix(HELD_SUFFIX): {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
+        path.relative_to(folder).as_posix().removesuffix(HELD_SUFFIX): _entry(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }
     text = json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def renew_manifest(folder: Path, name: str) -> None:
+    """State size and SHA-256 of one file of `folder` anew, after it was written again.
+
+    Raises
+    ------
+    CheckpointError
+        If the manifest is malformed; it is left as it was.
+    InputError
+        If it cannot be written.
+    """
+    manifest = checked_file(folder, MANIFEST_FILE)
+    content = read_json_object(manifest)
+    if not isinstance(content.get("files"), dict):
+        raise CheckpointError(f"{manifest}: expected manifest_version {MANIFEST_VERSION} and files")
+    partial = folder / f".{MANIFEST_FILE}.partial-{os.getpid()}"
+    try:
+        content["files"][name] = _entry(folder / name)
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(manifest)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{manifest}: cannot be written ({error.strerror or error})") from None
 
 
 def has_manifest(path: str | Path) -> bool:
@@ -110,6 +131,10 @@ def _check_relative(manifest: Path, name: str) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or not name.isprintable() or "\\" in name:
         raise CheckpointError(f"{manifest}: {brief_text(name)} is no path inside the folder")
+
+
+def _entry(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,18 @@ import sys
 
 import typer
 
-from cospadi.cli import compare, compress, doctor, evaluate, export, generate, inspect, plan, verify
+from cospadi.cli import (
+    compare,
+    compress,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    report,
+    verify,
+)
 from cospadi.errors import CospadiError
 
 EXIT_USAGE = 2
@@ -29,6 +40,7 @@ app.command("compare")(compare.compare_command)
 app.command("eval")(evaluate.eval_command)
 app.command("generate")(generate.generate_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("report")(report.report_command)
 app.command("verify")(verify.verify_command)
 app.command("export")(export.export_command)
 app.command("plan")(plan.plan_command)

@@ -19,8 +19,8 @@ def inspect_command(
 
     Where the budget was divided by loss: what each module was predicted to cost, and with an even share.
     """
-    from cospadi.pipeline.finalize import REPORT_FILE
     from cospadi.pipeline.inspect import inspect_checkpoint
+    from cospadi.pipeline.report import REPORT_FILE
 
     data = inspect_checkpoint(directory)
     errors = {name: module["relative_error"] for name, module in data["modules"].items()}

@@ -21,9 +21,10 @@ import yaml
 
 from cospadi.errors import CospadiError, InputError
 from cospadi.learn.methods import METHODS
-from cospadi.pipeline.inspect import BF16_BYTES, inspect_checkpoint
+from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_setting, recipe_from_mapping
+from cospadi.pipeline.report import BF16_BYTES
 from cospadi.pipeline.workdir import write_atomic
 
 EXIT_PARTIAL = 3

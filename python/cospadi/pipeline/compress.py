@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from cospadi.pipeline.recipe_file import recipe_from_mapping
 from cospadi.pipeline.reconstruction import check_blockwise, reconstruct
 from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
+from cospadi.pipeline.stages import Stages
 from cospadi.pipeline.target_size import with_ratio_for_size
 from cospadi.pipeline.workdir import WorkDir
 from cospadi.versions import versions
@@ -63,6 +64,10 @@ class CompressResult:
         How the budget was divided; None: evenly.
     reconstruction : list of dict or None
         What block-wise reconstruction gained, see `cospadi.pipeline.reconstruction.reconstruct`; None without it.
+    stages : dict
+        Seconds by stage, in order; what is written after the report has none.
+    n_resumed : int
+        Linears that an earlier process finished; its time is not in `stages`.
     """
 
     out_dir: Path
@@ -77,6 +82,8 @@ class CompressResult:
     stored_bytes: int
     allocation: Allocation | None = None
     reconstruction: list[dict[str, Any]] | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    n_resumed: int = 0
 
     def __repr__(self) -> str:
         """One line: the tables are long."""
@@ -174,6 +181,8 @@ def _run(
     start: float,
 ) -> CompressResult:
     grams, groups, fisher, allocation = None, None, None, None
+    stages = Stages(start)
+    stages.end("opening the model and the text")
     by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
     if calibration is not None:
         # the search for similar layers and the allocation read all Grams, the fits read them again
@@ -185,10 +194,13 @@ def _run(
     targets, skipped = _plan_inputs(source, recipe)
     if by_similarity:
         groups = groups_by_similarity(source, targets, recipe, grams)
+        stages.end("search for similar layers")
     if grams is not None and recipe.output_metric == "fisher":
         fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
+        stages.end("gradients of the outputs")
     if grams is not None and recipe.allocation == "loss":
         allocation = allocate_ratios(grams, fisher, targets, work)
+        stages.end("division of the budget")
     plan = make_plan(
         targets, skipped, recipe, groups=groups, ratios=allocation.ratios if allocation else None
     )
@@ -206,11 +218,16 @@ def _run(
         log.emit("dense", module=item.name, reason=item.reason)
     job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, fisher, work, log)
     job.run()
+    if recipe.sequential:
+        stages.end("calibration and fits")
+    else:
+        stages.end("fits", apart=("calibration", job.calibration_seconds))
     if not job.factors:
         raise FitError(f"every layer would have to stay dense; the first: {job.failed[0].reason}")
     blocks = None
     if grams is not None and recipe.reconstruction == "blockwise":
         blocks = reconstruct(job, grams)
+        stages.end("block-wise reconstruction")
     result = CompressResult(
         out_dir=out_dir,
         plan=plan,
@@ -224,6 +241,8 @@ def _run(
         stored_bytes=sum(factor.spec.stored_bytes for factor in job.factors.values()),
         allocation=allocation,
         reconstruction=blocks,
+        stages=stages.seconds,
+        n_resumed=job.n_resumed,
     )
     write_output(source, job.factors, result, recipe, calibration, versions())
     work.remove()

@@ -9,9 +9,7 @@ from typing import Any
 
 from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
 from cospadi.factor import removed_shares
-from cospadi.pipeline.finalize import REPORT_FILE
-
-BF16_BYTES = 2
+from cospadi.pipeline.report import BF16_BYTES, REPORT_FILE
 
 
 def read_report(directory: Path) -> dict[str, Any]:

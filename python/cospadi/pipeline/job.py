@@ -95,6 +95,11 @@ class Job:
         self._resumed: set[str] = set()
         self._waiting: dict[str, Statistics] = {}
 
+    @property
+    def n_resumed(self) -> int:
+        """Modules that an earlier process finished."""
+        return len(self._resumed)
+
     def run(self) -> None:
         """Fit every planned module that is not finished yet."""
         self._resume()

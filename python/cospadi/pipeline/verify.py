@@ -23,9 +23,9 @@ from cospadi.errors import (
 from cospadi.learn.whitening import relative_error, weight_error
 from cospadi.model.discover import TargetLinear, discover, weight_of
 from cospadi.model.source import SourceModel, open_source
-from cospadi.pipeline.finalize import REPORT_FILE
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import recipe_from_mapping
+from cospadi.pipeline.report import REPORT_FILE
 
 ERROR_TOLERANCE = 1e-3
 

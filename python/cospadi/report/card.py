@@ -1,0 +1,129 @@
+"""The model card: ``README.md`` of a compressed checkpoint, from plain data alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cospadi.report.compression import Compression, read_compression
+from cospadi.report.markup import clean
+from cospadi.report.numbers import MISSING, percent, size
+
+PAGE_FILE = "report.html"
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~])")
+
+LOAD = """import cospadi.hf  # registers the method; must come first
+from transformers import AutoModelForCausalLM
+
+folder = "."  # where this file is, or the name of the repository on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+"""
+
+LOAD_AND_GENERATE = """import cospadi.hf  # registers the method; must come first
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is, or the name of the repository on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+inputs = tokenizer("The ocean is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+"""
+
+REMOVED = {
+    "stored": "bytes as stored",
+    "values": "number of values, whatever their width",
+    "mask16": "16-bit values and mask (CoSpaDi, Eq. 10)",
+    "mask14": "14-bit coefficients and mask (CoSpaDi, Eq. 11)",
+}
+"""The conventions of `cospadi.report.conventions.CONVENTIONS` in a few words."""
+
+
+def model_card(data: Mapping[str, Any], *, has_tokenizer: bool = True) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Parameters
+    ----------
+    data : mapping
+        Of ``cospadi_report.json``.
+    has_tokenizer : bool
+        Whether the example may use one.
+    """
+    found = read_compression(data)
+    example = (LOAD_AND_GENERATE if has_tokenizer else LOAD).rstrip()
+    front = ["library_name: transformers", "tags: [cospadi, compressed]"]
+    if found.source.get("kind") == "hub":
+        front.append(f"base_model: {json.dumps(found.name)}")
+    version = _plain(found.versions.get("cospadi", MISSING))
+    rows = "\n".join(f"| {term} | {value} |" for term, value in _rows(found))
+    return f"""---
+{chr(10).join(front)}
+---
+**Load with `import cospadi.hf` first.** Without it transformers cannot read the compressed layers.
+
+```python
+{example}
+```
+
+# {_plain(found.name)}, compressed
+
+Compressed by cospadi {version}, method {_plain(found.method)}. [{PAGE_FILE}]({PAGE_FILE}) shows what every layer got:
+sizes, errors, time.
+
+| | |
+|---|---|
+{rows}
+
+The share removed is given in the ways in which publications count it, always against dense bfloat16 weights.
+
+## Reproduce
+
+```sh
+cospadi compress MODEL --out NEW --recipe recipe.yaml   # MODEL: the source above
+cospadi verify . --source MODEL                         # recomputes the stated errors; --calibration TEXT if it moved
+```
+
+`recipe.yaml` holds every setting, `cospadi_report.json` the error of every layer, the versions and the hash of the
+calibration tokens.
+"""
+
+
+def _rows(data: Compression) -> list[tuple[str, str]]:
+    calibration = data.calibration
+    rows = [("source", _plain(data.name))]
+    if data.source.get("fingerprint") is not None:
+        rows.append(("fingerprint of its weights", _code(data.source["fingerprint"])))
+    rows.append(("compressed linears", str(len(data.linears))))
+    for label, n_bytes in (
+        ("bytes of the linears", data.linear_bytes),
+        ("bytes of the model", data.model_bytes),
+    ):
+        if {"dense", "stored"} <= n_bytes.keys():
+            text = f"{size(n_bytes['dense'])} in bfloat16, now {size(n_bytes['stored'])}"
+            rows.append((label, text))
+    for key, name in REMOVED.items():
+        if key in data.ratio:
+            whole = ""
+            if key in data.model_ratio:
+                whole = f", {percent(data.model_ratio[key])} % of the model"
+            rows.append((f"removed, {name}", f"{percent(data.ratio[key])} % of the linears{whole}"))
+    rows.append(("calibration", _plain(calibration.get("description") or "none")))
+    if calibration.get("ids_sha256") is not None:
+        rows.append(("SHA-256 of its token ids", _code(calibration["ids_sha256"])))
+    versions = ", ".join(f"{name} {value}" for name, value in data.versions.items())
+    rows.append(("versions", _plain(versions or MISSING)))
+    rows.append(("stayed dense after a failure", _plain(", ".join(data.failed) or "none")))
+    return rows
+
+
+def _plain(value: object) -> str:
+    """Text of one line in which nothing is markup: names and paths may come from strangers."""
+    return _MARKDOWN.sub(r"\\\1", clean(" ".join(str(value).split())))
+
+
+def _code(value: object) -> str:
+    """A hash in a table."""
+    return f"`{re.sub('[`|]', '?', clean(' '.join(str(value).split())))}`"

@@ -1,0 +1,251 @@
+"""The page of one compression: self-contained, escaped, complete, and ordered by the numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from made_up_compression import SHIFTED, compression
+from page_reader import Reader, assert_self_contained
+
+from cospadi.errors import InputError
+from cospadi.report import parts
+from cospadi.report.compression import read_compression
+from cospadi.report.compression_page import STYLES, compression_page
+from cospadi.report.linear_table import linear_table
+from cospadi.report.maps import colour_scale
+from cospadi.report.scores import read_scores
+
+CSS = "".join(Path(parts.__file__).with_name(name).read_text(encoding="utf-8") for name in STYLES)
+EVIL = '</style></title><script>alert("1")</script>&amp;\x1b[31m\x00\ud800 é漢字\u202e'
+
+
+def evaluation(model, perplexity, text="wiki.test.raw"):
+    return {
+        "model": model,
+        "text": text,
+        "perplexity": perplexity,
+        "windows": 16,
+        "context": 1024,
+        "ids_sha256": "ab" * 32,
+    }
+
+
+def odd():
+    data = compression(layers=1, notes=[EVIL], failed=[EVIL])
+    module = next(iter(data["modules"].values()))
+    data["modules"] = {EVIL: {**module, "leader": EVIL, "whitening": [EVIL]}, f"a.3.{EVIL}": module}
+    data["modules"][f"a.{'9' * 5000}.b"] = module
+    for part in ("source", "recipe", "calibration", "versions"):
+        data[part] = {EVIL: EVIL, "name": EVIL, "method": EVIL, "description": EVIL}
+    data["stages"] = {EVIL: 3.0}
+    data["dense"] = [{"module": EVIL, "reason": EVIL}]
+    return data
+
+
+COMPRESSIONS = {
+    "whole model": compression,
+    "one linear": lambda: {
+        **compression(layers=1),
+        "modules": dict(list(compression(layers=1)["modules"].items())[:1]),
+    },
+    "without calibration": lambda: compression(layers=1, calibration=None, allocation=None),
+    "older report": lambda: {
+        "modules": {"a.0.b": {"relative_error": 0.1}},
+        "ratio": {"stored": 0.2},
+    },
+    "nothing": dict,
+    "odd names": odd,
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_pages_are_well_formed_and_self_contained(name):
+    data = COMPRESSIONS[name]()
+    text = compression_page(data)
+    reader = Reader(text)
+    assert_self_contained(reader)
+    assert re.findall(r"<style>(.*?)</style>", text, re.DOTALL) == [CSS]
+    assert not re.search(r"url\(|@import|https?:", CSS)
+    assert not re.search(r"\b(nan|NaN|inf|None|undefined)\b", reader.text)
+    assert text == compression_page(data)
+
+
+def test_odd_names_are_text():
+    text = compression_page(odd(), read_scores(evaluation(EVIL, 3.0, EVIL), "e.json"))
+    assert "\x1b" not in text and "\x00" not in text
+    reader = Reader(text)
+    assert "script" not in reader.tags
+    shown = '</style></title><script>alert("1")</script>&amp;\ufffd[31m'
+    assert reader.text.count(shown) >= 12
+    text.encode("utf-8")  # no lone surrogate is left
+
+
+def test_everything_is_there():
+    data = compression()
+    reader = Reader(compression_page(data))
+    for fact in (
+        "210 linears of SmolLM2-135M-Instruct.Q4_1.gguf compressed by method cospadi",
+        data["calibration"]["description"],
+        data["calibration"]["ids_sha256"],
+        data["source"]["fingerprint"],
+        "torch 2.13.0",
+        "0.0695 nats per token, with the same share for all 0.1602",
+        f"2 linears: {SHIFTED[0]}, then {SHIFTED[1]} model.layers.0.mlp.down_proj",
+        "208 linears: cholesky (nothing to repair)",
+        "14 learned atoms of 7 linears were used by no output at the end",
+        "the GGUF file was dequantised from Q4_1",
+        "1 tensor : not in a block lm_head",
+        "Taken where it helped: 2 of 3 blocks",
+        "On 2 threads. Interrupted and resumed: 3 linears",
+        "cospadi compress MODEL --out NEW --recipe recipe.yaml",
+    ):
+        assert fact in reader.text, fact
+    assert ["division of the budget", "1\u20091\u2009100"[2:], "45.8\u2009%"] in reader.rows
+    assert ["0", "0.0164", "0.0150", "not better: left as fitted", "9.5"] in reader.rows
+
+
+def test_bytes_and_ratios_are_those_of_the_data():
+    data = compression(layers=1)
+    data["bytes"] = {
+        "linears": {"dense": 10_000_000, "stored": 7_500_000},
+        "model": {"dense": 20_000_000, "stored": 17_500_000},
+    }
+    data["ratio"] = {"stored": 0.25, "values": 0.3, "mask16": 0.26, "mask14": 0.29}
+    data["model_ratio"] = {"stored": 0.125, "values": 0.15}
+    rows = [[c.replace("\u2009", "") for c in row] for row in Reader(compression_page(data)).rows]
+    assert ["compressed linears", "10.0MB", "7.50MB", "25.0%", "30.0%", "26.0%", "29.0%"] in rows
+    assert ["whole model", "20.0MB", "17.5MB", "12.5%", "15.0%", "–", "–"] in rows
+
+
+def test_linears_are_shown_with_their_numbers():
+    data = compression(layers=2)
+    name = "model.layers.1.mlp.up_proj"
+    data["modules"][name] |= {
+        "d_in": 576, "d_out": 1536, "n_identity": 576, "n_atoms": 200, "sparsity": 300,
+        "coeffs_dtype": "int8", "dictionary_dtype": "float16", "dense_bytes": 1_769_472,
+        "stored_bytes": 884_736, "relative_error": 0.12345, "weight_error": 0.5, "seconds": 3.21,
+    }  # fmt: skip
+    data["allocation"] = {"losses": {name: 1.5e-4}, "even_losses": {name: 2e-3}}
+    data["modules"][name]["leader"] = "model.layers.0.mlp.up_proj"
+    rows = Reader(compression_page(data)).rows
+    (row,) = [row for row in rows if row[0].startswith(name)]
+    assert row[0].endswith("dictionary of model.layers.0.mlp.up_proj")
+    assert row[1:] == [
+        *("576 × 1536", "576", "200", "300", "int8", "float16", "8.00", "0.88", "50.0"),
+        *("0.1235", "0.5000", "1.50e−04", "2.00e−03", "3.2"),
+    ]
+
+
+def test_every_order_is_that_of_its_numbers_and_known_to_the_style_sheet():
+    found = read_compression(compression(layers=4))
+    linears = list(found.linears)
+    table = linear_table(linears)
+    orders = {node.get("id").removeprefix("order-") for node in table.iter("input")} - {"model"}
+    assert orders == {"atoms", "bits", "bytes", "kept", "error", "loss", "seconds"}
+    values = {
+        "error": lambda item: item.relative_error,
+        "bytes": lambda item: item.stored_bytes,
+        "seconds": lambda item: item.seconds,
+    }
+    rows = list(table.find(".//tbody"))
+    for order in orders:
+        assert f"#order-{order}:checked) tbody tr {{ order: var(--by-{order}); }}" in CSS
+        places = [int(re.search(rf"--by-{order}:(\d+)", row.get("style"))[1]) for row in rows]
+        assert sorted(places) == list(range(len(linears)))
+        if order in values:
+            shown = [
+                value for _, value in sorted(zip(places, map(values[order], linears), strict=True))
+            ]
+            assert shown == sorted(shown, reverse=True)
+    assert all(len(row) == 1 + int(table.find(".//table").get("style")[-2:]) for row in rows)
+
+
+def test_colours_of_the_map_are_those_of_the_errors():
+    data = compression(layers=3)
+    errors = {name: item["relative_error"] for name, item in data["modules"].items()}
+    text = compression_page(data)
+    worst, best = max(errors, key=errors.get), min(errors, key=errors.get)
+
+    def brightness(name):
+        layer, projection = re.match(r"model\.layers\.(\d+)\.(.*)", name).groups()
+        title = f"layer {layer}, {projection}: {errors[name]:.3f}"
+        found = re.search(rf'fill="#(\w+)"[^>]*><title>{re.escape(title)}', text)
+        return sum(int(found[1][i : i + 2], 16) for i in (0, 2, 4))
+
+    assert brightness(worst) > brightness(best)
+    assert f"mean {sum(errors.values()) / len(errors):.3f}" in text
+
+
+def test_failures_come_first_and_are_counted():
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(5)]
+    dense = [{"module": "lm_head", "reason": "meant"}]
+    dense += [{"module": name, "reason": "Gram is zero"} for name in names]
+    reader = Reader(compression_page(compression(layers=1, dense=dense, failed=names)))
+    assert "Partial: 5 linears had to stay dense" in reader.text
+    assert reader.text.index("failed, 5 tensors : Gram is zero") < reader.text.index(
+        "1 tensor : meant"
+    )
+    assert ", ".join(names) in reader.text
+
+
+def test_scores_of_equal_protocol_stand_together():
+    task = {"piqa": {"value": 0.66, "stderr": 0.011, "metric": "acc_norm", "items": 1838}}
+    files = [
+        evaluation("dense", 22.88),
+        {"model": "small", "tasks": task},
+        evaluation("small", 24.16),
+    ]
+    files.append({**evaluation("small", 3.0), "windows": 2})
+    scores = [score for file in files for score in read_scores(file, "e.json")]
+    rows = Reader(compression_page(compression(layers=1), scores)).rows
+    at = rows.index(["wiki.test.raw, perplexity (16 windows of 1024 tokens, ids abababababab)"])
+    assert rows[at + 1 : at + 3] == [["dense", "22.88", "–"], ["small", "24.16", "–"]]
+    assert ["wiki.test.raw, perplexity (2 windows of 1024 tokens, ids abababababab)"] in rows
+    assert ["small", "0.6600", "0.0110"] in rows
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "e.json: key 'model' is missing"),
+        ({"model": "a"}, "neither a perplexity nor tasks"),
+        ({"model": "a", "perplexity": "big"}, "perplexity: expected a finite number"),
+        ({"model": "a", "tasks": [1]}, "tasks: expected an object"),
+    ],
+)
+def test_bad_evaluations_are_named(data, message):
+    with pytest.raises(InputError, match=message):
+        read_scores(data, "e.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules": {"a": {"relative_error": "small"}}}, r"modules\['a'\].relative_error"),
+        ({"modules": {"a": {"d_in": -1}}}, "d_in: expected an integer from 0"),
+        ({"modules": {"a": {"stored_bytes": 10**300}}}, "stored_bytes: expected an integer from 0"),
+        ({"modules": {"a": {"whitening": [3]}}}, r"whitening\[0\]: expected text"),
+        ({"modules": [1]}, "modules: expected an object"),
+        ({"seconds": 10**400}, "seconds: expected a finite number"),
+        ({"dense": [{}]}, r"dense\[0\]: key 'module' is missing"),
+        ({"reconstruction": 3}, "reconstruction: expected a list"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        compression_page(compression(layers=1, **changes))
+
+
+def test_every_class_that_is_styled_is_used():
+    own = Path(parts.__file__).with_name("compression.css").read_text(encoding="utf-8")
+    styled = set(re.findall(r"\.([a-z][\w-]*)(?=[^{};]*\{)", re.sub(r"/\*.*?\*/", "", own)))
+    reader = Reader(compression_page(compression()))
+    used = {c for _, key, value in reader.attributes if key == "class" for c in value.split()}
+    assert styled <= used
+
+
+def test_rounding_errors_between_equal_numbers_have_no_colour():
+    low, high = colour_scale([0.3, 0.3 + 1e-12]).domain
+    assert low <= 0.3 < high and high - low >= 0.001
