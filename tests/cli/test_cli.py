@@ -286,6 +286,40 @@ def test_settings_win_over_options_and_file(cli, tiny_model_dir, tmp_path):
     assert found["ratio"]["stored"] == pytest.approx(0.6, abs=0.02)
 
 
+def test_recipes_are_written_shown_and_checked(cli, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    code, stdout, _ = cli("recipe", "init", "--preset", "best", "-o", recipe)
+    assert code == 0 and stdout.strip() == str(recipe)
+    assert cli("recipe", "init", "--preset", "best")[1] == recipe.read_text()
+    code, _, stderr = cli("recipe", "init", "-o", recipe)
+    assert code == 2 and "exists" in one_line(stderr)
+    code, stdout, _ = cli("recipe", "validate", recipe)
+    assert code == 0 and stdout.strip() == f"{recipe}: valid"
+    shown = cli("recipe", "show", recipe)[1]
+    assert shown == cli("recipe", "show", "best")[1] and "allocation: loss" in shown
+    code, stdout, _ = cli("recipe", "schema")
+    assert code == 0 and json.loads(stdout)["properties"]["ratio"]["default"] == 0.2
+    code, _, stderr = cli("recipe", "show", tmp_path / "none.yaml")
+    assert code == 2 and "cannot be read" in one_line(stderr)
+    code, _, stderr = cli("recipe", "init", "--preset", "worst")
+    assert code == 2 and "preset: expected one of fast, paper, best" in one_line(stderr)
+    code, _, stderr = cli("recipe", "nonsense")
+    assert code == 2 and "nonsense" in one_line(stderr)
+
+
+def test_errors_of_recipe_files_name_line_and_key(cli, tiny_model_dir, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("samples: 8\n\nratio: big\n")
+    wanted = f"error: {recipe} line 3: ratio: expected a number, got 'big'"
+    code, _, stderr = cli("recipe", "validate", recipe)
+    assert code == 2 and one_line(stderr) == wanted
+    compress = ("compress", tiny_model_dir("llama"), "--out", tmp_path / "o", "--recipe", recipe)
+    code, _, stderr = cli(*compress)
+    assert code == 2 and one_line(stderr) == wanted
+    code, _, stderr = cli(*compress, "--set", "ratio=small")  # this one is not in the file
+    assert code == 2 and one_line(stderr) == wanted.replace(" line 3", "").replace("big", "small")
+
+
 def test_help_is_fast_and_imports_no_torch():
     code = """
 import sys

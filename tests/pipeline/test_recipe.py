@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
 from cospadi.errors import InputError
 from cospadi.pipeline.recipe import Recipe
-from cospadi.pipeline.recipe_file import load_recipe, parse_setting, recipe_from_mapping
+from cospadi.pipeline.recipe_file import (
+    load_recipe,
+    parse_setting,
+    read_recipe,
+    recipe_from_mapping,
+)
 
 
 def test_recipe_survives_yaml():
@@ -28,75 +35,86 @@ def test_an_integer_is_accepted_where_a_number_is_meant():
     assert recipe_from_mapping({"k_over_s": 3}).k_over_s == 3.0
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"ratoi": 0.3}, "did you mean ratio"),
-        ({"ratio": 1.0}, "ratio"),
-        ({"ratio": "big"}, "ratio: expected a number"),
-        ({"method": "magic"}, "method: expected one of"),
-        ({"samples": 0}, "samples"),
-        ({"samples": 2.5}, "samples"),
-        ({"seed": -1}, "seed"),
-        ({"targets": 3}, "targets"),
-        ({"targets": ["("]}, "not a regular expression"),
-        ({"overrides": [{"ratio": 0.1}]}, "match"),
-        ({"overrides": [{"match": "x", "rank": 3}]}, "unknown key 'rank'"),
-        ({"overrides": 5}, "overrides: expected a list"),
-        ({"overrides": [{"match": "x", "k_over_s": "x"}]}, "'x': k_over_s: expected a number"),
-        ({"overrides": [{"match": "x", "k_over_s": 0.5}]}, "k_over_s: .* at least 1"),
-        ({"overrides": [{"match": "x", "ratio": True}]}, "'x': ratio: expected a number"),
-        ({"overrides": [{"match": "x", "dense": "no"}]}, "dense: expected true or false"),
-        ({"overrides": [{"match": "x", "dense": True, "ratio": 0.3}]}, "stays dense has no ratio"),
-        ({"overrides": [{"match": "x"}]}, "sets nothing"),
-        ({"max_gram_gb": -1}, "max_gram_gb: expected more than 0"),
-        ({"storage_dtype": "int8"}, "storage_dtype"),
-        (
-            {"output_metric": "fisher", "dictionary": "learned"},
-            "output_metric: fisher needs identity atoms",
-        ),
-        ({"reconstruction": "all"}, "reconstruction: expected one of none, blockwise"),
-        ({"reconstruction": "blockwise", "bits": 4}, "reconstruction: moves floating-point"),
-        (
-            {"reconstruction": "blockwise", "dictionary_dtype": "int8"},
-            "reconstruction: moves floating-point values only, and int8",
-        ),
-        (
-            {"reconstruction": "blockwise", "coeffs_dtype": "bfloat14"},
-            "reconstruction: moves floating-point values only, and bfloat14",
-        ),
-        ({"reconstruction": "blockwise", "calibration": "none"}, "reconstruction: needs calibrat"),
-        ({"reconstruction": "blockwise", "samples": 1}, "reconstruction: needs two samples"),
-        ({"reconstruction_rate": 1.5, "reconstruction": "blockwise"}, "reconstruction_rate"),
-        ({"reconstruction_epochs": 0}, "reconstruction_epochs"),
-        ({"allocation": "loss", "iterations": 3}, "allocation: loss needs identity atoms"),
-        (
-            {"allocation": "loss", "dictionary": "identity", "calibration": "none"},
-            "allocation: loss needs calibration text",
-        ),
-        (
-            {"allocation": "loss", "dictionary": "augmented", "group_size": 2},
-            "allocation: loss works without groups",
-        ),
-        (
-            {"allocation": "loss", "dictionary": "augmented", "ratio": 0.95},
-            r"ratio: allocation by loss works from 0\.05 to 0\.9",
-        ),
-        ({"allocation_reach": 0.0}, "allocation_reach"),
-        (
-            {"dictionary": "augmented", "solver": "omp"},
-            "solver: belongs to learned dictionaries, not to augmented ones",
-        ),
-        (
-            {"dictionary": "identity", "overrides": [{"match": "x", "k_over_s": 3.0}]},
-            "overrides.k_over_s: belongs to learned dictionaries",
-        ),
-        ({"bits": 4, "iterations": 20}, "iterations: belongs to learned dictionaries"),
-        ({"backward_samples": 0}, "backward_samples"),
-        ({"recipe_version": 99}, "recipe_version"),
-        ({"calibration": ""}, "calibration"),
-    ],
-)
+BAD_SETTINGS = [
+    ({"ratoi": 0.3}, "did you mean ratio"),
+    ({"ratio": 1.0}, "ratio"),
+    ({"ratio": "big"}, "ratio: expected a number"),
+    ({"method": "magic"}, "method: expected one of"),
+    ({"samples": 0}, "samples"),
+    ({"samples": 2.5}, "samples"),
+    ({"seed": -1}, "seed"),
+    ({"targets": 3}, "targets"),
+    ({"targets": ["("]}, "not a regular expression"),
+    ({"overrides": [{"ratio": 0.1}]}, "match"),
+    ({"overrides": [{"match": "x", "rank": 3}]}, "unknown key 'rank'"),
+    ({"overrides": 5}, "overrides: expected a list"),
+    ({"overrides": [{"match": "x", "k_over_s": "x"}]}, "'x': k_over_s: expected a number"),
+    ({"overrides": [{"match": "x", "k_over_s": 0.5}]}, "k_over_s: .* at least 1"),
+    ({"overrides": [{"match": "x", "ratio": True}]}, "'x': ratio: expected a number"),
+    ({"overrides": [{"match": "x", "dense": "no"}]}, "dense: expected true or false"),
+    ({"overrides": [{"match": "x", "dense": True, "ratio": 0.3}]}, "stays dense has no ratio"),
+    ({"overrides": [{"match": "x"}]}, "sets nothing"),
+    ({"max_gram_gb": -1}, "max_gram_gb: expected more than 0"),
+    ({"storage_dtype": "int8"}, "storage_dtype"),
+    (
+        {"output_metric": "fisher", "dictionary": "learned"},
+        "output_metric: fisher needs identity atoms",
+    ),
+    ({"reconstruction": "all"}, "reconstruction: expected one of none, blockwise"),
+    ({"reconstruction": "blockwise", "bits": 4}, "reconstruction: moves floating-point"),
+    (
+        {"reconstruction": "blockwise", "dictionary_dtype": "int8"},
+        "reconstruction: moves floating-point values only, and int8",
+    ),
+    (
+        {"reconstruction": "blockwise", "coeffs_dtype": "bfloat14"},
+        "reconstruction: moves floating-point values only, and bfloat14",
+    ),
+    ({"reconstruction": "blockwise", "calibration": "none"}, "reconstruction: needs calibrat"),
+    ({"reconstruction": "blockwise", "samples": 1}, "reconstruction: needs two samples"),
+    ({"reconstruction_rate": 1.5, "reconstruction": "blockwise"}, "reconstruction_rate"),
+    ({"reconstruction_epochs": 0}, "reconstruction_epochs"),
+    ({"allocation": "loss", "iterations": 3}, "allocation: loss needs identity atoms"),
+    (
+        {"allocation": "loss", "dictionary": "identity", "calibration": "none"},
+        "allocation: loss needs calibration text",
+    ),
+    (
+        {"allocation": "loss", "dictionary": "augmented", "group_size": 2},
+        "allocation: loss works without groups",
+    ),
+    (
+        {"allocation": "loss", "dictionary": "augmented", "ratio": 0.95},
+        r"ratio: allocation by loss works from 0\.05 to 0\.9",
+    ),
+    ({"allocation_reach": 0.0}, "allocation_reach"),
+    (
+        {"dictionary": "augmented", "solver": "omp"},
+        "solver: belongs to learned dictionaries, not to augmented ones",
+    ),
+    (
+        {"dictionary": "identity", "overrides": [{"match": "x", "k_over_s": 3.0}]},
+        "overrides.k_over_s: belongs to learned dictionaries",
+    ),
+    ({"bits": 4, "iterations": 20}, "iterations: belongs to learned dictionaries"),
+    ({"backward_samples": 0}, "backward_samples"),
+    ({"recipe_version": 99}, "recipe_version"),
+    ({"calibration": ""}, "calibration"),
+    ({"shrinkage": "much"}, "shrinkage: expected a number"),
+    ({"max_gram_gb": "8"}, "max_gram_gb: expected a number"),
+    ({"coeffs_dtype": 8}, "coeffs_dtype: expected a name"),
+    ({"coeffs_dtype": "int9"}, "coeffs_dtype: expected one of"),
+    ({"dictionary_dtype": "int4"}, "dictionary_dtype: expected one of"),
+    ({"coeffs_rounding": "up"}, "coeffs_rounding: expected one of"),
+    ({"coeffs_group": -1}, "coeffs_group: expected 0 or a positive"),
+    ({"overrides": [{"match": "x", "ratio": 1.5}]}, "'x': ratio: expected a removed share"),
+    ({"overrides": [{"match": "("}]}, "overrides.match: '[(]' is not a regular expression"),
+    ({"preset": ["best"]}, "preset: expected one of"),
+    ({"preset": "best", "method": "svd-llm"}, "dictionary: svd-llm has its own"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_SETTINGS)
 def test_bad_settings_are_named(data, message):
     with pytest.raises(InputError, match=message):
         recipe_from_mapping(data, source="my.yaml")
@@ -161,21 +179,21 @@ def test_sizes_in_words(text, size):
     assert recipe_from_mapping({"target_size": text}).target_size == size
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"bits": 4, "ratio": 0.5}, "one of ratio, bits and target_size, got ratio and bits"),
-        ({"bits": 0}, "bits: expected 0 to 16 per weight, got 0"),
-        ({"bits": "four"}, "bits: expected 0 to 16"),
-        ({"bits": 1.0}, "ratio: coeffs_dtype auto keeps at least 1.4 bits"),
-        ({"target_size": "12 apples"}, "target_size: expected bytes such as 120MB"),
-        ({"target_size": 0}, "target_size: expected a number of bytes, got 0"),
-        ({"bits": 4, "method": "gptq"}, "auto works with method cospadi, got gptq"),
-        ({"bits": 4, "group_size": 2}, "auto works with group_size 1, got 2"),
-        ({"bits": 4, "coeffs_group": 64}, "auto works with coeffs_group 0, got 64"),
-        ({"bits": 4, "ratio_convention": "nominal"}, "auto works with ratio_convention stored"),
-    ],
-)
+BAD_BUDGETS = [
+    ({"bits": 4, "ratio": 0.5}, "one of ratio, bits and target_size, got ratio and bits"),
+    ({"bits": 0}, "bits: expected 0 to 16 per weight, got 0"),
+    ({"bits": "four"}, "bits: expected 0 to 16"),
+    ({"bits": 1.0}, "ratio: coeffs_dtype auto keeps at least 1.4 bits"),
+    ({"target_size": "12 apples"}, "target_size: expected bytes such as 120MB"),
+    ({"target_size": 0}, "target_size: expected a number of bytes, got 0"),
+    ({"bits": 4, "method": "gptq"}, "auto works with method cospadi, got gptq"),
+    ({"bits": 4, "group_size": 2}, "auto works with group_size 1, got 2"),
+    ({"bits": 4, "coeffs_group": 64}, "auto works with coeffs_group 0, got 64"),
+    ({"bits": 4, "ratio_convention": "nominal"}, "auto works with ratio_convention stored"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_BUDGETS)
 def test_bad_budgets_are_named(data, message):
     with pytest.raises(InputError, match=message):
         recipe_from_mapping(data)
@@ -201,3 +219,92 @@ def test_atoms_where_nothing_is_said_about_them(data, kind):
     recipe = recipe_from_mapping(data)
     assert recipe.atoms == recipe.dictionary == kind
     assert recipe_from_mapping(recipe.to_mapping()) == recipe
+
+
+# ---- Lines of files --------------------------------------------------------------
+
+
+def refused(path, text):
+    """Line and message of the error that a file gives."""
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_recipe(path)
+    found = re.match(rf"{re.escape(str(path))}(?: line (\d+))?: (.*)", str(caught.value), re.DOTALL)
+    assert found is not None, caught.value
+    return found[1] and int(found[1]), found[2]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_SETTINGS + BAD_BUDGETS)
+def test_every_error_names_the_line_of_its_setting(data, message, tmp_path):
+    text = "# a comment\n\nrefit: true\n" + yaml.safe_dump(data, sort_keys=False)
+    line, found = refused(tmp_path / "r.yaml", text)
+    assert re.search(message, found)
+    named = text.splitlines()[line - 1]
+    key = re.match(r"(?:unknown setting \W?)?(\w+)", found)[1]
+    if key in data and key != "overrides":
+        assert named.startswith((f"{key}:", "- "))  # a list has a line for every entry
+    else:
+        assert any(named.lstrip("- ").startswith(name) for name in _keys(data))
+
+
+def _keys(data):
+    """Keys of settings and of overrides."""
+    yield from data
+    entries = data.get("overrides")
+    for entry in entries if isinstance(entries, list) else ():
+        yield from entry
+
+
+OVERRIDES = r"""
+ratio: 0.3
+
+overrides:
+  - match: '.*\.down_proj'
+    ratio: 0.2
+  - match: '.*\.up_proj'
+    # why
+    ratio: RATIO
+  - {match: 'MATCH', KEY: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "message"),
+    [
+        ({"RATIO": "1.5"}, 9, "overrides, '.*up_proj': ratio: expected a removed share"),
+        ({"RATIO": "big"}, 9, "ratio: expected a number, got 'big'"),
+        ({"KEY": "dens"}, 10, "overrides: unknown key 'dens'"),
+        ({"MATCH": "("}, 10, "overrides.match: .* not a regular expression"),
+        ({"KEY": "dense: true, ratio"}, 10, "ratio: expected a number, got True"),
+        ({"RATIO": "0.2\n    rank: 8"}, 10, "unknown key 'rank'"),
+        ({"match: 'x', ": ""}, 10, "each entry needs a 'match'"),
+    ],
+)
+def test_errors_in_overrides_have_lines_of_their_own(changes, line, message, tmp_path):
+    text = OVERRIDES
+    for old, new in {"RATIO": "0.2", "MATCH": "x", "KEY": "dense", **changes}.items():
+        text = text.replace(old, new)
+    found, shown = refused(tmp_path / "r.yaml", text)
+    assert found == line and re.search(message, shown)
+
+
+def test_a_setting_of_overrides_that_does_not_fit_the_rest_has_its_line(tmp_path):
+    text = "dictionary: identity\noverrides:\n  - match: x\n    k_over_s: 3.0\n"
+    line, message = refused(tmp_path / "r.yaml", text)
+    assert line == 4 and message.startswith("overrides.k_over_s: belongs to learned")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("samples: 8\nbits: 1.0\n", 2, "ratio: coeffs_dtype auto keeps"),
+        ("bits: 4\nmethod: gptq\n", 1, "coeffs_dtype: auto works with method"),
+        ("samples: 8\npreset: best\ncalibration: none\n", 2, "output_metric: fisher needs"),
+        ("ratio: 0.2\nbits: 4\n", 2, "give one of ratio, bits and target_size"),
+        ("ratio: 0.2\nratoi: 0.3\nsamples: x\n", 2, "unknown setting 'ratoi'; did you mean"),
+        ("3: 4\n", 1, "unknown setting 3"),
+    ],
+)
+def test_what_another_setting_stands_for_is_found(text, line, message, tmp_path):
+    found, shown = refused(tmp_path / "r.yaml", text)
+    assert found == line and shown.startswith(message)

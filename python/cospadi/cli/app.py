@@ -15,6 +15,7 @@ from cospadi.cli import (
     generate,
     inspect,
     plan,
+    recipe,
     report,
     verify,
 )
@@ -40,6 +41,7 @@ app.command("compare")(compare.compare_command)
 app.command("eval")(evaluate.eval_command)
 app.command("generate")(generate.generate_command)
 app.command("inspect")(inspect.inspect_command)
+app.add_typer(recipe.recipe_app, name="recipe")
 app.command("report")(report.report_command)
 app.command("verify")(verify.verify_command)
 app.command("export")(export.export_command)

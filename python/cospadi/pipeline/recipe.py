@@ -54,8 +54,29 @@ LEARNED_ONLY = (
 BUDGETS = ("ratio", "bits", "target_size")
 """Settings that say how large the result may be: one of them at a time."""
 
+_SETTING_OF_TYPE = {
+    "dictionary": "dictionary_dtype",
+    "coeffs": "coeffs_dtype",
+    "rounding": "coeffs_rounding",
+}
+"""Settings by the names that `StorageTypes` has for them."""
+
 NO_CALIBRATION = "none"
 """The data-free mode: every input direction counts alike."""
+
+
+class SettingError(InputError):
+    """A setting that cannot be used.
+
+    Attributes
+    ----------
+    path : tuple of str and int
+        Its key; for a part of a list also the place in the list, and the key there.
+    """
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ class Recipe:
     Attributes
     ----------
     method : str
-        Key of `cospadi.learn.methods.METHODS`.
+        How weights are approximated: the paper's way and what grew from it, or a baseline.
     ratio : float
         Removed share of the compressed linears, in (0, 1). Methods without a ratio ignore it.
     ratio_convention : {"stored", "nominal"}
@@ -258,11 +279,11 @@ class Recipe:
         if not isinstance(self.calibration, str) or not self.calibration:
             raise InputError(f"calibration: expected a name or a path, got {self.calibration!r}")
         for name in ("targets", "ignore", "group_targets"):
-            for pattern in getattr(self, name):
-                _check_pattern(name, pattern)
-        for override in self.overrides:
-            _check_pattern("overrides.match", override.match)
-            _check_override(override)
+            for i, pattern in enumerate(getattr(self, name)):
+                _check_pattern(pattern, name, i)
+        for i, override in enumerate(self.overrides):
+            _check_pattern(override.match, "overrides", i, "match")
+            _check_override(override, i)
         if self.max_gram_gb is not None and not self.max_gram_gb > 0.0:
             raise InputError(f"max_gram_gb: expected more than 0, got {self.max_gram_gb!r}")
         if self.target_size is not None and (
@@ -410,12 +431,16 @@ class Recipe:
     def storage_types(self) -> StorageTypes:
         """How dictionaries and coefficients are stored where that does not depend on the linear."""
         default = "int8" if METHODS[self.method].form == "rounded" else self.storage_dtype
-        return StorageTypes(
-            dictionary=self.dictionary_dtype or self.storage_dtype,
-            coeffs=self.coeffs_dtype or default,
-            coeffs_group=self.coeffs_group,
-            rounding=self.coeffs_rounding,
-        )
+        try:
+            return StorageTypes(
+                dictionary=self.dictionary_dtype or self.storage_dtype,
+                coeffs=self.coeffs_dtype or default,
+                coeffs_group=self.coeffs_group,
+                rounding=self.coeffs_rounding,
+            )
+        except InputError as error:
+            name, colon, text = str(error).partition(":")
+            raise InputError(f"{_SETTING_OF_TYPE.get(name, name)}{colon}{text}") from None
 
     def learn_options(self) -> LearnOptions:
         """The learner's part of the recipe."""
@@ -444,28 +469,35 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_override(override: Override) -> None:
-    where = f"overrides, {override.match!r}"
+def _check_override(override: Override, place: int) -> None:
+    def refuse(key: str, text: str) -> SettingError:
+        return SettingError(f"overrides, {override.match!r}: {text}", "overrides", place, key)
+
     if not isinstance(override.dense, bool):
-        raise InputError(f"{where}: dense: expected true or false, got {override.dense!r}")
+        raise refuse("dense", f"dense: expected true or false, got {override.dense!r}")
     for name in ("ratio", "k_over_s"):
         value = getattr(override, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"{where}: {name}: expected a number, got {value!r}")
+            raise refuse(name, f"{name}: expected a number, got {value!r}")
     if override.ratio is not None:
-        check_ratio(override.ratio)
+        try:
+            check_ratio(override.ratio)
+        except InputError as error:
+            raise refuse("ratio", str(error)) from None
     if override.k_over_s is not None and not 1.0 <= override.k_over_s < float("inf"):
-        raise InputError(
-            f"{where}: k_over_s: expected a number of at least 1, got {override.k_over_s!r}"
-        )
+        text = f"k_over_s: expected a number of at least 1, got {override.k_over_s!r}"
+        raise refuse("k_over_s", text)
     if override.dense and (override.ratio is not None or override.k_over_s is not None):
-        raise InputError(f"{where}: a layer that stays dense has no ratio and no k_over_s")
+        raise refuse("dense", "a layer that stays dense has no ratio and no k_over_s")
     if not override.dense and override.ratio is None and override.k_over_s is None:
-        raise InputError(f"{where}: sets nothing: give ratio, k_over_s or dense")
+        raise refuse("match", "sets nothing: give ratio, k_over_s or dense")
 
 
-def _check_pattern(name: str, pattern: object) -> None:
+def _check_pattern(pattern: object, *path: str | int) -> None:
     try:
         re.compile(pattern)  # type: ignore[call-overload]
     except (re.error, TypeError) as error:
-        raise InputError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+        name = ".".join(part for part in path if isinstance(part, str))
+        raise SettingError(
+            f"{name}: {pattern!r} is not a regular expression: {error}", *path
+        ) from None
