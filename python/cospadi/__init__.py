@@ -14,18 +14,33 @@ if TYPE_CHECKING:
     from cospadi.errors import CospadiError
     from cospadi.factor import FactorSpec, SparseFactor
     from cospadi.pipeline.compress import compress
+    from cospadi.sparse_coding import ksvd, omp
+    from cospadi.sparse_dictionary import SparseDictionary
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "CospadiError": "cospadi.errors",
     "FactorSpec": "cospadi.factor",
+    "SparseDictionary": "cospadi.sparse_dictionary",
     "SparseFactor": "cospadi.factor",
     "compress": "cospadi.pipeline.compress",
+    "ksvd": "cospadi.sparse_coding",
     "load": "cospadi.checkpoint.load",
+    "omp": "cospadi.sparse_coding",
 }
 
-__all__ = ["CospadiError", "FactorSpec", "SparseFactor", "__version__", "compress", "load"]
+__all__ = [
+    "CospadiError",
+    "FactorSpec",
+    "SparseDictionary",
+    "SparseFactor",
+    "__version__",
+    "compress",
+    "ksvd",
+    "load",
+    "omp",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

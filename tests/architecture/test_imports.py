@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "reference": set(),
     "ops": {"native"},
     "factor": {"native"},
+    "sparse_coding": {"native"},  # of use without a model
+    "sparse_dictionary": {"sparse_coding"},
     **{name: LEARNERS | {"factor", "ops", "native"} for name in LEARNERS},
     # cospadi.load registers the transformers method, late, so that reading alone stays light
     "checkpoint": LEARNERS | {"factor", "ops", "native", "hf"},
@@ -41,7 +43,8 @@ MAY_IMPORT = {
         "factor",
     },
     "hf": {"integrations"},
-    "__init__": LEARNERS | {"pipeline", "factor"},  # lazy public names
+    "__init__": LEARNERS  # lazy public names
+    | {"pipeline", "factor", "sparse_coding", "sparse_dictionary"},
     "__main__": {"cli"},
 }
 """First component (or longer prefix) of what each part of the package may import from cospadi."""
@@ -111,6 +114,7 @@ def test_reference_needs_torch_alone():
     [
         ("cospadi", ["torch", "transformers", "numpy"]),
         ("cospadi.ops", ["transformers", "typer", "datasets"]),
+        ("cospadi.sparse_coding", ["transformers", "typer", "sklearn"]),
         ("cospadi.cli.app", ["transformers"]),
     ],
 )

@@ -1,0 +1,262 @@
+"""Sparse coding and dictionary learning on their own: the native kernels for arrays that belong to no model.
+
+Signals and atoms are rows, as in scikit-learn. Arrays of NumPy give arrays, tensors of torch give tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from cospadi.errors import InputError
+from cospadi.native import omp_encode, update_atoms
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+Selection = Literal["omp", "ormp"]
+
+BATCH = 8192
+"""Signals coded at a time: their correlations with all atoms are held in memory."""
+
+
+@dataclass(frozen=True)
+class SparseCode(Generic[Array]):
+    """Codes of a batch of signals, ``signals = code @ atoms`` as far as so few atoms can.
+
+    Attributes
+    ----------
+    indices : array or tensor
+        ``[n_signals, sparsity]`` int32, strictly ascending per row: the atoms that a signal uses.
+    coeffs : array or tensor
+        ``[n_signals, sparsity]`` float32 or float64, in the order of `indices`.
+    n_atoms : int
+        Atoms of the dictionary.
+    """
+
+    indices: Array
+    coeffs: Array
+    n_atoms: int
+
+    def dense(self) -> Array:
+        """``[n_signals, n_atoms]`` with zeros off the supports."""
+        indices, coeffs = torch.as_tensor(self.indices), torch.as_tensor(self.coeffs)
+        code = coeffs.new_zeros((coeffs.shape[0], self.n_atoms))
+        code.scatter_(1, indices.long(), coeffs)
+        return _like(self.coeffs, code)
+
+
+@dataclass(frozen=True)
+class LearnedDictionary(Generic[Array]):
+    """What `ksvd` found.
+
+    Attributes
+    ----------
+    atoms : array or tensor
+        ``[n_atoms, n_features]``, unit-norm rows.
+    code : SparseCode
+        Of the training signals; its coefficients belong to these atoms.
+    errors : tuple of float
+        Relative error ``|signals - code @ atoms| / |signals|`` (Frobenius) after every iteration.
+    """
+
+    atoms: Array
+    code: SparseCode[Array]
+    errors: tuple[float, ...]
+
+
+def omp(
+    atoms: Array,
+    signals: Array,
+    sparsity: int,
+    *,
+    selection: Selection = "omp",
+    num_threads: int | None = None,
+) -> SparseCode[Array]:
+    """Code every signal with exactly `sparsity` atoms by orthogonal matching pursuit.
+
+    Parameters
+    ----------
+    atoms : array or tensor
+        ``[n_atoms, n_features]`` on the CPU; norms may differ. float32 or float64 of torch; other real types of NumPy
+        are taken as float64.
+    signals : array or tensor
+        ``[n_signals, n_features]``, same type.
+    sparsity : int
+        Atoms per signal, ``1 <= sparsity <= n_atoms``.
+    selection : {"omp", "ormp"}
+        The atom with the largest correlation with the residual per unit of its norm, or that which lowers the error
+        most (orthogonal least squares, as SPAMS does).
+    num_threads : int, optional
+        Default ``torch.get_num_threads()``.
+
+    Returns
+    -------
+    SparseCode
+
+    Raises
+    ------
+    InputError
+        A ValueError: wrong type, device, shape or sparsity, or a value that is not finite.
+
+    Examples
+    --------
+    >>> code = cospadi.omp(atoms, signals, 5)
+    >>> approximation = code.dense() @ atoms
+    """
+    dictionary, rows = _matrix("atoms", atoms), _matrix("signals", signals)
+    _check_pair(dictionary, rows)
+    indices, coeffs = _encode(dictionary, rows, sparsity, selection, num_threads)
+    return SparseCode(_like(signals, indices), _like(signals, coeffs), dictionary.shape[0])
+
+
+def ksvd(
+    signals: Array,
+    n_atoms: int,
+    sparsity: int,
+    *,
+    iterations: int = 10,
+    atoms: Array | None = None,
+    selection: Selection = "omp",
+    sweeps: int = 1,
+    power_iterations: int = 1,
+    block_size: int = 64,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    num_threads: int | None = None,
+) -> LearnedDictionary[Array]:
+    """Learn a dictionary in which every signal is a sum of few atoms (K-SVD).
+
+    Every iteration codes all signals anew (`omp`), then updates the atoms with the supports kept. An atom that no
+    signal uses becomes the residual of the worst coded signal. The result is a local minimum: try several seeds.
+
+    Parameters
+    ----------
+    signals : array or tensor
+        ``[n_signals, n_features]``, types as for `omp`.
+    n_atoms, sparsity : int
+        Atoms to learn, and atoms per signal.
+    iterations : int
+        At least 1.
+    atoms : array or tensor, optional
+        ``[n_atoms, n_features]`` to start from; by default signals picked at random, and Gaussian rows where there are
+        too few of them.
+    selection, num_threads
+        See `omp`.
+    sweeps, power_iterations, block_size : int
+        Of the atom update, see `cospadi.native.update_atoms`.
+    tolerance : float
+        Stop when the relative error falls by less than this share in one iteration; 0 runs all.
+    seed : int
+        Of the start.
+
+    Returns
+    -------
+    LearnedDictionary
+
+    Raises
+    ------
+    InputError
+        As for `omp`; a count out of range.
+
+    References
+    ----------
+    Aharon, Elad, Bruckstein: K-SVD (2006); Rubinstein et al. (2008).
+    """
+    rows = _matrix("signals", signals)
+    for name, value in (("n_atoms", n_atoms), ("iterations", iterations)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if not torch.isfinite(rows).all():
+        raise InputError("signals: hold values that are not finite")
+    if atoms is None:
+        dictionary = _first_atoms(rows, n_atoms, seed)
+    else:
+        dictionary = _matrix("atoms", atoms).clone()
+        if dictionary.shape[0] != n_atoms:
+            raise InputError(f"atoms: expected n_atoms = {n_atoms} rows, got {dictionary.shape[0]}")
+    _check_pair(dictionary, rows)
+    energy = float(rows.double().square().sum())
+    errors: list[float] = []
+    for _ in range(iterations):
+        indices, coeffs = _encode(dictionary, rows, sparsity, selection, num_threads)
+        stats = update_atoms(
+            dictionary,
+            rows,
+            indices,
+            coeffs,
+            sweeps=sweeps,
+            power_iterations=power_iterations,
+            block_size=block_size,
+            unused="reseed",
+            num_threads=num_threads,
+        )
+        errors.append((max(stats.objective_after, 0.0) / energy) ** 0.5 if energy else 0.0)
+        if len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-2]:
+            break
+    code = SparseCode(_like(signals, indices), _like(signals, coeffs), n_atoms)
+    return LearnedDictionary(_like(signals, dictionary), code, tuple(errors))
+
+
+def _encode(
+    atoms: torch.Tensor,
+    signals: torch.Tensor,
+    sparsity: int,
+    selection: Selection,
+    num_threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gram = atoms @ atoms.T
+    parts = [
+        omp_encode(gram, rows @ atoms.T, sparsity, selection=selection, num_threads=num_threads)
+        for rows in (signals.split(BATCH) if len(signals) else (signals,))
+    ]
+    return torch.cat([p.indices for p in parts]), torch.cat([p.coeffs for p in parts])
+
+
+def _first_atoms(signals: torch.Tensor, n_atoms: int, seed: int) -> torch.Tensor:
+    """Signals at random, those that are zero left out; the rest Gaussian; unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    usable = torch.nonzero(signals.norm(dim=1) > 0).flatten()
+    chosen = usable[torch.randperm(len(usable), generator=generator)[:n_atoms]]
+    missing = (n_atoms - len(chosen), signals.shape[1])
+    rest = torch.randn(missing, generator=generator, dtype=signals.dtype)
+    return torch.nn.functional.normalize(torch.cat([signals[chosen], rest]), dim=1)
+
+
+def _matrix(name: str, value: Any) -> torch.Tensor:  # noqa: ANN401
+    """A contiguous real matrix on the CPU that shares memory where it can."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in (torch.float32, torch.float64) or value.device.type != "cpu":
+            raise InputError(
+                f"{name}: expected float32 or float64 on the CPU, got {value.dtype} on {value.device}"
+            )
+        matrix = value.detach()
+    else:
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"{name}: expected real numbers, got {array.dtype}")
+        dtype = np.float32 if array.dtype == np.float32 else np.float64
+        # torch takes neither foreign byte orders nor negative strides, and warns of what it may not write to
+        matrix = torch.from_numpy(np.require(array, dtype, ["C", "W"]))
+    if matrix.ndim != 2:
+        raise InputError(f"{name}: expected a matrix, got shape {tuple(matrix.shape)}")
+    return matrix.contiguous()
+
+
+def _check_pair(atoms: torch.Tensor, signals: torch.Tensor) -> None:
+    if atoms.dtype != signals.dtype:
+        raise InputError(
+            f"atoms: expected the type of the signals, {signals.dtype}, got {atoms.dtype}"
+        )
+    if atoms.shape[1] != signals.shape[1]:
+        raise InputError(
+            f"atoms: expected {signals.shape[1]} features as in the signals, got {atoms.shape[1]}"
+        )
+
+
+def _like(example: Array, tensor: torch.Tensor) -> Array:
+    """The tensor in the kind of the example."""
+    result: Any = tensor if isinstance(example, torch.Tensor) else tensor.numpy()
+    return result
