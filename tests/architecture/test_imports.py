@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "hf": {"integrations"},
     "__init__": LEARNERS  # lazy public names
     | {"pipeline", "factor", "sparse_coding", "sparse_dictionary"},
-    "__main__": {"cli"},
+    "sdk": set(),  # asked by build systems, which have no use for torch
+    "__main__": {"cli", "sdk"},
 }
 """First component (or longer prefix) of what each part of the package may import from cospadi."""
 
@@ -116,6 +117,7 @@ def test_reference_needs_torch_alone():
         ("cospadi.ops", ["transformers", "typer", "datasets"]),
         ("cospadi.sparse_coding", ["transformers", "typer", "sklearn"]),
         ("cospadi.cli.app", ["transformers"]),
+        ("cospadi.sdk", ["torch", "transformers", "numpy", "typer", "cospadi._C"]),
     ],
 )
 def test_import_is_light(module, forbidden):

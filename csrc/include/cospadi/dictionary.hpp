@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -61,10 +62,10 @@ struct AtomUpdateStats {
 /// blocked variant if the small buffers of a product fail later, which leaves some blocks updated
 /// and all of them consistent.
 template <class T>
-AtomUpdateStats update_atoms(MatrixView<const T> signals,
-                             MatrixView<const int32_t> indices,
-                             const AtomUpdateOptions& options,
-                             MatrixView<T> atoms,
-                             MatrixView<T> coeffs);
+COSPADI_API AtomUpdateStats update_atoms(MatrixView<const T> signals,
+                                         MatrixView<const int32_t> indices,
+                                         const AtomUpdateOptions& options,
+                                         MatrixView<T> atoms,
+                                         MatrixView<T> coeffs);
 
 }  // namespace cospadi

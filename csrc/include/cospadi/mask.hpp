@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -20,17 +21,21 @@ constexpr int64_t mask_row_bytes(int64_t n_atoms) noexcept { return (n_atoms + 7
 ///
 /// Throws Error naming the row of the first index that is out of range or out of order; `mask` is
 /// then unchanged.
-void pack_mask(MatrixView<const int32_t> indices, int64_t n_atoms, MatrixView<uint8_t> mask);
+COSPADI_API void pack_mask(MatrixView<const int32_t> indices,
+                           int64_t n_atoms,
+                           MatrixView<uint8_t> mask);
 
 /// Writes the atoms of each mask row, ascending, to `indices` [n_rows x s].
 ///
 /// Throws Error as validate_mask does; `indices` is then unchanged.
-void unpack_mask(MatrixView<const uint8_t> mask, int64_t n_atoms, MatrixView<int32_t> indices);
+COSPADI_API void unpack_mask(MatrixView<const uint8_t> mask,
+                             int64_t n_atoms,
+                             MatrixView<int32_t> indices);
 
 /// Checks that every row of `mask` has exactly `sparsity` set bits and none at or above n_atoms.
 ///
 /// Throws Error naming the first row that does not. This is the check that sparse_gemm relies on:
 /// do it once, when a matrix is loaded or made.
-void validate_mask(MatrixView<const uint8_t> mask, int64_t n_atoms, int64_t sparsity);
+COSPADI_API void validate_mask(MatrixView<const uint8_t> mask, int64_t n_atoms, int64_t sparsity);
 
 }  // namespace cospadi

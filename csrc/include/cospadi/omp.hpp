@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -44,7 +45,9 @@ constexpr T omp_dependence_tolerance() {
 /// elements) and one scaled copy of the Gram; independent of the number of signals. Throws
 /// Error(kInvalidArgument) when the sizes are out of range or do not fit in 64 bits.
 template <class T>
-int64_t omp_workspace_bytes(int64_t n_atoms, int64_t n_signals, const OmpOptions& options);
+COSPADI_API int64_t omp_workspace_bytes(int64_t n_atoms,
+                                        int64_t n_signals,
+                                        const OmpOptions& options);
 
 /// Codes every signal y with exactly `options.sparsity` atoms: y ~ sum_i coeffs[i] d_{indices[i]},
 /// the coefficients being the least-squares solution on the chosen support.
@@ -70,12 +73,12 @@ int64_t omp_workspace_bytes(int64_t n_atoms, int64_t n_signals, const OmpOptions
 /// Throws Error(kInvalidArgument) for shapes, sparsity, non-finite or negative-diagonal inputs
 /// (naming argument and position), Error(kOutOfMemory) if the workspace cannot be allocated.
 template <class T>
-OmpStats omp_encode(MatrixView<const T> gram,
-                    MatrixView<const T> correlations,
-                    const T* signal_energies,
-                    const OmpOptions& options,
-                    MatrixView<int32_t> indices,
-                    MatrixView<T> coeffs,
-                    T* residual_energies);
+COSPADI_API OmpStats omp_encode(MatrixView<const T> gram,
+                                MatrixView<const T> correlations,
+                                const T* signal_energies,
+                                const OmpOptions& options,
+                                MatrixView<int32_t> indices,
+                                MatrixView<T> coeffs,
+                                T* residual_energies);
 
 }  // namespace cospadi

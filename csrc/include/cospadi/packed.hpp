@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cospadi/dtype.hpp"
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -66,32 +67,32 @@ struct PackedSparseMatrix {
 /// with groups the columns are decoded to float, scale included, which costs the bfloat16 product.
 /// Workspace: that of sparse_gemm, plus per thread the scratch: 64 columns, at most 4 bytes per
 /// coefficient. Throws Error for shapes, sizes, formats and null pointers, before y is written.
-void packed_gemm(ConstTypedMatrix z,
-                 const PackedSparseMatrix& s,
-                 ConstTypedVector bias,
-                 TypedMatrix y,
-                 int n_threads);
+COSPADI_API void packed_gemm(ConstTypedMatrix z,
+                             const PackedSparseMatrix& s,
+                             ConstTypedVector bias,
+                             TypedMatrix y,
+                             int n_threads);
 
 /// Writes `values` [rows x n], each modulo 2^bits, to `packed` [rows x packed_row_bytes(n, bits)];
 /// padding between rows of a strided matrix is not touched.
 ///
 /// Throws Error for bits outside kMinFieldBits .. kMaxFieldBits, for shapes, and naming row and
 /// column of the first value outside -2^(bits - 1) .. 2^bits - 1; `packed` is then unchanged.
-void pack_fields(MatrixView<const int32_t> values,
-                 int bits,
-                 MatrixView<uint8_t> packed,
-                 int n_threads);
+COSPADI_API void pack_fields(MatrixView<const int32_t> values,
+                             int bits,
+                             MatrixView<uint8_t> packed,
+                             int n_threads);
 
 /// Writes the fields of `packed` [rows x packed_row_bytes(n, bits)] to `values` [rows x n]: as
 /// two's complement if `is_signed`, else as 0 .. 2^bits - 1. Throws Error as pack_fields does.
-void unpack_fields(MatrixView<const uint8_t> packed,
-                   int bits,
-                   bool is_signed,
-                   MatrixView<int32_t> values,
-                   int n_threads);
+COSPADI_API void unpack_fields(MatrixView<const uint8_t> packed,
+                               int bits,
+                               bool is_signed,
+                               MatrixView<int32_t> values,
+                               int n_threads);
 
 /// Writes the coefficients, scale included, to `out` [d_out x sparsity]. Throws Error as
 /// packed_gemm does.
-void decode_coeffs(const PackedCoeffs& coeffs, MatrixView<float> out, int n_threads);
+COSPADI_API void decode_coeffs(const PackedCoeffs& coeffs, MatrixView<float> out, int n_threads);
 
 }  // namespace cospadi

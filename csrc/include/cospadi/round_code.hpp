@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -42,11 +43,11 @@ struct RoundCodeStats {
 /// elements), or with full support (`is_full`) one factor for all threads and a few rows per
 /// thread; independent of the number of rows but for the number of threads. Throws
 /// Error(kInvalidArgument) when the sizes are out of range or do not fit in 64 bits.
-int64_t round_code_workspace_bytes(int64_t n_atoms,
-                                   int64_t n_rows,
-                                   int64_t sparsity,
-                                   bool is_full,
-                                   const RoundCodeOptions& options);
+COSPADI_API int64_t round_code_workspace_bytes(int64_t n_atoms,
+                                               int64_t n_rows,
+                                               int64_t sparsity,
+                                               bool is_full,
+                                               const RoundCodeOptions& options);
 
 /// Finds integers q with a small (x - step q)^T G_II (x - step q) for every row with support I and
 /// real coefficients x, which are best the least-squares solution on I.
@@ -76,12 +77,12 @@ int64_t round_code_workspace_bytes(int64_t n_atoms,
 /// The result is the same for every thread count. Outputs must not overlap inputs. Throws
 /// Error(kInvalidArgument) for shapes, options and values (naming argument and position),
 /// Error(kOutOfMemory) if the workspace cannot be allocated; nothing has been written then.
-RoundCodeStats round_code(MatrixView<const float> gram,
-                          MatrixView<const int32_t> indices,
-                          MatrixView<const float> coeffs,
-                          MatrixView<const float> steps,
-                          const RoundCodeOptions& options,
-                          MatrixView<int32_t> fields,
-                          float* errors);
+COSPADI_API RoundCodeStats round_code(MatrixView<const float> gram,
+                                      MatrixView<const int32_t> indices,
+                                      MatrixView<const float> coeffs,
+                                      MatrixView<const float> steps,
+                                      const RoundCodeOptions& options,
+                                      MatrixView<int32_t> fields,
+                                      float* errors);
 
 }  // namespace cospadi

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -21,9 +22,9 @@ namespace cospadi {
 /// count. Throws Error(kInvalidArgument) for shapes and `count`, and naming row and column of the
 /// first score that is negative or NaN; nothing has been written then.
 template <class T>
-void select_largest(MatrixView<const T> scores,
-                    int64_t count,
-                    int num_threads,
-                    MatrixView<int32_t> indices);
+COSPADI_API void select_largest(MatrixView<const T> scores,
+                                int64_t count,
+                                int num_threads,
+                                MatrixView<int32_t> indices);
 
 }  // namespace cospadi

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cospadi/dtype.hpp"
+#include "cospadi/export.h"
 #include "cospadi/matrix.hpp"
 
 namespace cospadi {
@@ -31,7 +32,7 @@ struct SparseMatrix {
 /// in the cache and multiplied as a dense matrix, 2 rows n_atoms d_out flops.
 /// Workspace: z in float (rows x n_atoms, at most 512 rows at a time) plus a few hundred KiB per
 /// thread. Throws Error for shapes, sizes and null pointers, before y is written.
-void sparse_gemm(
+COSPADI_API void sparse_gemm(
     ConstTypedMatrix z, const SparseMatrix& s, ConstTypedVector bias, TypedMatrix y, int n_threads);
 
 }  // namespace cospadi

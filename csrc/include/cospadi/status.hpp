@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "cospadi/export.h"
+
 namespace cospadi {
 
 enum class ErrorCode {
@@ -16,7 +18,7 @@ enum class ErrorCode {
 
 /// The only exception the library throws, and only from the entry checks of a call: when it is
 /// thrown no output has been written.
-class Error : public std::runtime_error {
+class COSPADI_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
   ErrorCode code() const noexcept { return code_; }
