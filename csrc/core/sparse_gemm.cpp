@@ -39,6 +39,19 @@ void check(const ConstTypedMatrix& z,
       "bias: expected " + std::to_string(d_out) + " elements, got " + std::to_string(bias.size));
 }
 
+/// A mask of the right shape, or none where every output uses every atom.
+void check_support(const MatrixView<const uint8_t>& mask,
+                   int64_t n_atoms,
+                   int64_t d_out,
+                   int64_t sparsity) {
+  if (mask.data != nullptr) {
+    return detail::require_shape(mask, d_out, mask_row_bytes(n_atoms), "mask");
+  }
+  require(sparsity == n_atoms || d_out == 0,
+          "sparsity: expected all " + std::to_string(n_atoms) + " atoms without a mask, got " +
+              std::to_string(sparsity));
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 cpu::CoeffType coeff_type(DType dtype) {
@@ -92,7 +105,7 @@ Columns::Columns(const SparseMatrix& s) {
   const bool is_empty = coeffs.rows == 0 || coeffs.cols == 0;
   stored_ = {.n_atoms = s.n_atoms,
              .mask = s.mask.data,
-             .mask_stride = s.mask.stride,
+             .mask_stride = s.mask.data != nullptr ? s.mask.stride : 0,
              .type = coeff_type(coeffs.dtype),
              .coeffs = coeffs.data,
              .coeffs_stride = is_empty ? 0 : coeffs.stride,
@@ -392,7 +405,7 @@ void sparse_gemm(ConstTypedMatrix z,
                  int n_threads) {
   const int64_t d_out = s.coeffs.rows;
   check(z, s.n_atoms, d_out, s.coeffs.cols, bias, y);
-  detail::require_shape(s.mask, d_out, mask_row_bytes(s.n_atoms), "mask");
+  check_support(s.mask, s.n_atoms, d_out, s.coeffs.cols);
   require_typed(s.coeffs, d_out, s.coeffs.cols, "coeffs");
   multiply(z, Columns(s), {}, bias, y, n_threads);
 }
@@ -406,13 +419,7 @@ void packed_gemm(ConstTypedMatrix z,
   detail::require_packed(coeffs);
   const int64_t d_out = coeffs.codes.rows;
   check(z, s.n_atoms, d_out, coeffs.sparsity, bias, y);
-  if (s.mask.data == nullptr) {
-    require(coeffs.sparsity == s.n_atoms || d_out == 0,
-            "sparsity: expected all " + std::to_string(s.n_atoms) + " atoms without a mask, got " +
-                std::to_string(coeffs.sparsity));
-  } else {
-    detail::require_shape(s.mask, d_out, mask_row_bytes(s.n_atoms), "mask");
-  }
+  check_support(s.mask, s.n_atoms, d_out, coeffs.sparsity);
   const bool is_scaled_last = coeffs.scale.data != nullptr && coeffs.group == 0;
   multiply(z,
            Columns(s, z.rows, cpu::kernels().sparse_gemm),

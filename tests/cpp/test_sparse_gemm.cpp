@@ -130,6 +130,30 @@ TEST(SparseGemm, ExactOnIntegersAtTheEdgeOfMemory) {
   }
 }
 
+TEST(SparseGemm, NoMaskMeansEveryAtom) {
+  for (const int64_t rows : {1, 5, 70}) {
+    for (const int64_t n_atoms : {1, 33, 100}) {
+      for (const DType z_dtype : kDTypes) {
+        for (const DType coeffs_dtype : kDTypes) {
+          const Problem problem(rows, n_atoms, 37, n_atoms, z_dtype, coeffs_dtype);
+          SparseMatrix s = problem.sparse();
+          s.mask = {};
+          std::vector<float> y(static_cast<size_t>(rows * 37), -1.0F);
+          sparse_gemm(problem.z_matrix(), s, {}, {y.data(), DType::kFloat32, rows, 37, 37}, 1);
+          for (int64_t i = 0; i < rows * 37; ++i) {
+            ASSERT_EQ(y[static_cast<size_t>(i)],
+                      static_cast<float>(problem.expected(i / 37, i % 37)));
+          }
+          --s.coeffs.cols;
+          EXPECT_THROW(
+              sparse_gemm(problem.z_matrix(), s, {}, {y.data(), DType::kFloat32, rows, 37, 37}, 1),
+              Error);
+        }
+      }
+    }
+  }
+}
+
 TEST(SparseGemm, NeverReadsOutsideWhenTheMaskLies) {
   for (const int64_t rows : {1, 3, 40}) {
     for (const int64_t n_atoms : {9, 64, 200}) {

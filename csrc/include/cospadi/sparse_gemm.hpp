@@ -12,8 +12,10 @@ namespace cospadi {
 /// S [n_atoms x d_out] with exactly s coefficients in every column, as it is stored.
 struct SparseMatrix {
   int64_t n_atoms = 0;
-  MatrixView<const uint8_t> mask;  ///< [d_out x mask_row_bytes(n_atoms)], see cospadi/mask.hpp
-  ConstTypedMatrix coeffs;         ///< [d_out x s], ascending by atom
+  /// [d_out x mask_row_bytes(n_atoms)], see cospadi/mask.hpp; or null data: every output uses every
+  /// atom, and s = n_atoms.
+  MatrixView<const uint8_t> mask;
+  ConstTypedMatrix coeffs;  ///< [d_out x s], ascending by atom
 };
 
 /// y = z S + bias: y(r, j) = bias[j] + sum over the atoms a of column j of z(r, a) * S(a, j).
