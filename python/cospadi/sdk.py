@@ -23,7 +23,7 @@ def cmake_dir() -> Path:
 
 def include_dir() -> Path:
     """Return the folder that C++ and C programs include ``cospadi/...`` from; errors as `cmake_dir`."""
-    return _folder("include", "cospadi/runtime.hpp")
+    return _folder("include", "cospadi/c_api.h")
 
 
 def _folder(name: str, file: str) -> Path:
