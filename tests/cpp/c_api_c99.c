@@ -4,12 +4,12 @@
 
 #include "cospadi/c_api.h"
 
-#define CHECK(condition)                                           \
-  do {                                                             \
-    if (!(condition)) {                                            \
+#define CHECK(condition)                                                                 \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
       fprintf(stderr, "line %d: %s (%s)\n", __LINE__, #condition, cospadi_last_error()); \
-      return 1;                                                    \
-    }                                                              \
+      return 1;                                                                          \
+    }                                                                                    \
   } while (0)
 
 int main(void) {

@@ -247,8 +247,8 @@ typedef struct cospadi_packed_code {
   int64_t mask_stride;
   int64_t d_out;
   int64_t sparsity;
-  int32_t kind; /* COSPADI_CODE_... */
-  int32_t bits; /* 9 .. 16 for COSPADI_CODE_BFLOAT, 2 .. 8 for COSPADI_CODE_INTEGER */
+  int32_t kind;         /* COSPADI_CODE_... */
+  int32_t bits;         /* 9 .. 16 for COSPADI_CODE_BFLOAT, 2 .. 8 for COSPADI_CODE_INTEGER */
   const uint8_t* codes; /* [d_out x ceil(bits sparsity / 8)] */
   int64_t codes_stride;
   /* [d_out x ceil(sparsity / group)], one column if group is 0; data NULL unless integers. */
