@@ -134,7 +134,7 @@ cospadi_tensor tensor_of(const cospadi::Checkpoint& checkpoint, const std::strin
 }
 
 const std::string& at(const std::vector<std::string>& names, int64_t index) {
-  require(index >= 0 && index < static_cast<int64_t>(names.size()),
+  require(index >= 0 && std::cmp_less(index, names.size()),
           "index: expected 0 .. " + std::to_string(static_cast<int64_t>(names.size()) - 1) +
               ", got " + std::to_string(index));
   return names[static_cast<size_t>(index)];
@@ -160,11 +160,17 @@ const char* cospadi_status_name(cospadi_status status) {
 const char* cospadi_version(void) { return cospadi::version(); }
 
 int32_t cospadi_version_number(void) {
-  int major = 0;
-  int minor = 0;
-  int patch = 0;
-  std::sscanf(cospadi::version(), "%d.%d.%d", &major, &minor, &patch);
-  return 10000 * major + 100 * minor + patch;
+  int32_t number = 0;
+  int32_t part = 0;
+  for (const char* c = cospadi::version();; ++c) {
+    if (*c >= '0' && *c <= '9') {
+      part = 10 * part + (*c - '0');
+      continue;
+    }
+    number = 100 * number + part;
+    part = 0;
+    if (*c == '\0') return number;
+  }
 }
 
 cospadi_status cospadi_isa_name(const char** name) {
@@ -233,7 +239,7 @@ cospadi_status cospadi_checkpoint_tensor(const cospadi_checkpoint* checkpoint,
     const auto& opened = pointed(checkpoint, "checkpoint").value;
     const std::vector<std::string>& names = opened.tensor_names();
     const std::string wanted(&pointed(name, "name"));
-    const auto found = std::lower_bound(names.begin(), names.end(), wanted);
+    const auto found = std::ranges::lower_bound(names, wanted);
     require(found != names.end() && *found == wanted, "name: no such tensor");
     pointed(tensor, "tensor") = tensor_of(opened, *found);
   });

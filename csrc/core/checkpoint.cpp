@@ -30,7 +30,7 @@ struct COSPADI_LOCAL Checkpoint::Impl {
 
   std::shared_ptr<const detail::Dictionary> dictionary(const std::string& owner,
                                                        const LayerInfo& info) const {
-    const std::lock_guard<std::mutex> guard(mutex);
+    const std::scoped_lock guard(mutex);
     std::weak_ptr<const detail::Dictionary>& place = dictionaries[owner];
     std::shared_ptr<const detail::Dictionary> result = place.lock();
     if (result == nullptr) place = result = detail::load_dictionary(owner, info, files);
@@ -78,8 +78,7 @@ void check_tensors(const detail::CompressedModules& modules,
              folder + ": " + tensor.name + ": missing from the checkpoint's safetensors files");
       }
       const detail::PlacedTensor& placed = found->second;
-      const bool has_type =
-          std::find(tensor.types.begin(), tensor.types.end(), placed.type) != tensor.types.end();
+      const bool has_type = std::ranges::find(tensor.types, placed.type) != tensor.types.end();
       if (!has_type || placed.shape != tensor.shape) {
         fail(ErrorCode::kCheckpoint,
              placed.file + ": " + tensor.name + ": expected " +
@@ -172,8 +171,8 @@ TensorView Checkpoint::tensor(std::string_view name) const {
 std::optional<double> Checkpoint::config_number(std::string_view path) const {
   const detail::Json* const value = find_path(impl_->config, path);
   if (value == nullptr) return std::nullopt;
-  if (const int64_t* const integer = value->as<int64_t>()) return static_cast<double>(*integer);
-  const double* const number = value->as<double>();
+  if (const auto* const integer = value->as<int64_t>()) return static_cast<double>(*integer);
+  const auto* const number = value->as<double>();
   return number == nullptr ? std::nullopt : std::optional<double>(*number);
 }
 

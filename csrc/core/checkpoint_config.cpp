@@ -57,7 +57,7 @@ constexpr std::string_view kOptional[] = {
 }
 
 bool contains(std::span<const std::string_view> words, std::string_view word) {
-  return std::find(words.begin(), words.end(), word) != words.end();
+  return std::ranges::find(words, word) != words.end();
 }
 
 bool is_name_character(char c) {
@@ -79,7 +79,7 @@ bool is_module_name(std::string_view name) {
 class Entry {
  public:
   Entry(const Json& json, std::string where) : where_(std::move(where)) {
-    const JsonObject* const members = json.as<JsonObject>();
+    const auto* const members = json.as<JsonObject>();
     if (members == nullptr) fail(where_ + ": expected an object, got " + brief(&json));
     for (const auto& [key, value] : *members) {
       if (!contains(kRequired, key) && !contains(kOptional, key)) {
@@ -99,7 +99,7 @@ class Entry {
   [[nodiscard]] int64_t integer(std::string_view key, int64_t least, int64_t missing = 0) const {
     const Json* const value = json_->find(key);
     if (value == nullptr) return missing;
-    const int64_t* const number = value->as<int64_t>();
+    const auto* const number = value->as<int64_t>();
     if (number == nullptr || *number < least || *number >= kMaxSize) {
       fail(field(key) + ": expected an integer from " + std::to_string(least) + " to " +
            std::to_string(kMaxSize - 1) + ", got " + brief(value));
@@ -130,7 +130,7 @@ class Entry {
   [[nodiscard]] const std::string* text(std::string_view key) const {
     const Json* const value = json_->find(key);
     if (value == nullptr) return nullptr;
-    const std::string* const result = value->as<std::string>();
+    const auto* const result = value->as<std::string>();
     if (result == nullptr) fail(field(key) + ": expected text, got " + brief(value));
     return result;
   }
@@ -245,31 +245,34 @@ void check_groups(const Json* groups, const CompressedModules& modules, const st
   }
   bool is_same = true;
   if (groups != nullptr) {
-    const JsonObject* const leaders = groups->as<JsonObject>();
+    const auto* const leaders = groups->as<JsonObject>();
     if (leaders == nullptr) fail(where + ": expected an object, got " + brief(groups));
     for (const auto& [leader, members] : *leaders) {
-      const JsonList* const names = members.as<JsonList>();
+      const auto* const names = members.as<JsonList>();
       if (names == nullptr) fail(where + "." + brief_text(leader) + ": expected a list of names");
       is_same = is_same && !names->empty();
       for (const Json& name : *names) {
-        const std::string* const text = name.as<std::string>();
+        const auto* const text = name.as<std::string>();
         if (text == nullptr) fail(where + "." + brief_text(leader) + ": expected a list of names");
         stated.emplace_back(leader, *text);
       }
     }
   }
-  std::sort(stated.begin(), stated.end());
-  std::sort(found.begin(), found.end());
+  std::ranges::sort(stated);
+  std::ranges::sort(found);
   if (!is_same || stated != found) fail(where + ": contradicts the modules");
 }
 
 /// No module lies inside another.
 void check_nesting(const CompressedModules& modules, const std::string& where) {
+  const auto refuse = [&](const std::string& name, const std::string& parent) {
+    fail(where + ": " + name + " lies inside " + parent);
+  };
   for (const std::string& name : modules.names) {
     for (size_t dot = name.rfind('.'); dot != std::string::npos && dot > 0;
          dot = name.rfind('.', dot - 1)) {
       const std::string parent = name.substr(0, dot);
-      if (modules.find(parent) != nullptr) fail(where + ": " + name + " lies inside " + parent);
+      if (modules.find(parent) != nullptr) refuse(name, parent);
     }
   }
 }

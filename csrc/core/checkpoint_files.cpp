@@ -22,8 +22,7 @@ constexpr int64_t kNothing = 0;
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::kCheckpoint, message); }
 
 bool is_below(const fs::path& path, const fs::path& folder) {
-  const auto [in_folder, in_path] =
-      std::mismatch(folder.begin(), folder.end(), path.begin(), path.end());
+  const auto [in_folder, in_path] = std::ranges::mismatch(folder, path);
   return in_folder == folder.end();
 }
 
@@ -37,8 +36,7 @@ bool is_shard_name(std::string_view name) {
     return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
   };
   return !stem.empty() && stem.size() <= kMaxStem && is_word(stem.front()) &&
-         std::all_of(
-             stem.begin(), stem.end(), [&](char c) { return is_word(c) || c == '.' || c == '-'; });
+         std::ranges::all_of(stem, [&](char c) { return is_word(c) || c == '.' || c == '-'; });
 }
 
 /// Adds the tensors of one file.
@@ -73,7 +71,7 @@ std::unordered_map<std::string, std::string> read_index(const fs::path& folder) 
   if (members == nullptr || members->empty()) fail(shown + ": weight_map is missing or empty");
   std::unordered_map<std::string, std::string> places;
   for (const auto& [name, file] : *members) {
-    const std::string* const text = file.as<std::string>();
+    const auto* const text = file.as<std::string>();
     if (text == nullptr || !is_shard_name(*text)) {
       fail(shown + ": " + brief_text(name) + " lies in " + brief(&file) +
            ", which is not a plain safetensors file name");
@@ -133,9 +131,10 @@ TensorFiles open_tensor_files(const fs::path& folder) {
   }
   const auto places = read_index(folder);
   std::vector<std::string> shards;
+  shards.reserve(places.size());
   for (const auto& place : places) shards.push_back(place.second);
-  std::sort(shards.begin(), shards.end());
-  shards.erase(std::unique(shards.begin(), shards.end()), shards.end());
+  std::ranges::sort(shards);
+  shards.erase(std::ranges::unique(shards).begin(), shards.end());
   for (const std::string& shard : shards) add_file(folder, shard, result);
   for (const auto& [name, tensor] : result.tensors) {
     const auto place = places.find(name);

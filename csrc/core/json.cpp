@@ -155,8 +155,8 @@ class Parser {
     std::vector<std::string_view> keys;
     keys.reserve(members.size());
     for (const auto& member : members) keys.emplace_back(member.first);
-    std::sort(keys.begin(), keys.end());
-    const auto repeated = std::adjacent_find(keys.begin(), keys.end());
+    std::ranges::sort(keys);
+    const auto repeated = std::ranges::adjacent_find(keys);
     if (repeated != keys.end()) fail("key " + brief_text(*repeated) + " occurs twice");
   }
 
@@ -260,7 +260,7 @@ class Parser {
 }  // namespace
 
 const Json* Json::find(std::string_view key) const noexcept {
-  const JsonObject* const members = as<JsonObject>();
+  const auto* const members = as<JsonObject>();
   if (members == nullptr) return nullptr;
   for (const auto& [name, value] : *members) {
     if (name == key) return &value;
@@ -283,15 +283,14 @@ std::string brief_text(std::string_view text) {
 std::string brief(const Json* value) {
   if (value == nullptr || value->is_null()) return "nothing";
   if (const bool* const flag = value->as<bool>()) return *flag ? "true" : "false";
-  if (const int64_t* const integer = value->as<int64_t>()) return std::to_string(*integer);
+  if (const auto* const integer = value->as<int64_t>()) return std::to_string(*integer);
   if (value->as<BigInteger>() != nullptr) return "an integer of more than 64 bits";
-  if (const double* const number = value->as<double>()) {
+  if (const auto* const number = value->as<double>()) {
     char buffer[32];
     std::snprintf(buffer, sizeof(buffer), "%.6g", *number);
     return buffer;
   }
-  if (const std::string* const text = value->as<std::string>())
-    return "'" + brief_text(*text) + "'";
+  if (const auto* const text = value->as<std::string>()) return "'" + brief_text(*text) + "'";
   return value->as<JsonList>() != nullptr ? "a list" : "an object";
 }
 

@@ -46,8 +46,7 @@ constexpr TypeRow kTypes[] = {
 };
 
 const TypeRow& row_of(TensorType type) noexcept {
-  return *std::find_if(
-      std::begin(kTypes), std::end(kTypes), [&](const TypeRow& row) { return row.type == type; });
+  return *std::ranges::find_if(kTypes, [&](const TypeRow& row) { return row.type == type; });
 }
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::kCheckpoint, message); }
@@ -55,7 +54,8 @@ const TypeRow& row_of(TensorType type) noexcept {
 std::string list_text(const std::vector<int64_t>& values) {
   std::string text;
   for (const int64_t value : values) {
-    text += (text.empty() ? "" : ", ") + std::to_string(value);
+    if (!text.empty()) text += ", ";
+    text += std::to_string(value);
   }
   return "[" + text + "]";
 }
@@ -77,7 +77,7 @@ std::vector<int64_t> sizes(const Json* value, const std::string& where) {
   std::vector<int64_t> result;
   result.reserve(items->size());
   for (const Json& item : *items) {
-    const int64_t* const size = item.as<int64_t>();
+    const auto* const size = item.as<int64_t>();
     if (size == nullptr || *size < 0) {
       fail(where + ": expected sizes from 0 to 2^63 - 1, got " + brief(&item));
     }
@@ -88,7 +88,7 @@ std::vector<int64_t> sizes(const Json* value, const std::string& where) {
 
 /// Product of sizes, or kMaxElements if it is at least that.
 int64_t element_count(const std::vector<int64_t>& shape) {
-  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
+  if (std::ranges::find(shape, 0) != shape.end()) return 0;
   int64_t count = 1;
   for (const int64_t size : shape) {
     if (__builtin_mul_overflow(count, size, &count) || count >= kMaxElements) return kMaxElements;
@@ -103,10 +103,8 @@ StoredTensor parse_entry(const std::string& name, const Json& entry, const std::
   if (entry.as<JsonObject>() == nullptr) fail(where + ": expected an object, got " + brief(&entry));
   const Json* const dtype = entry.find("dtype");
   const std::string* const key = dtype == nullptr ? nullptr : dtype->as<std::string>();
-  const TypeRow* const row =
-      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeRow& candidate) {
-        return key != nullptr && *key == candidate.name;
-      });
+  const TypeRow* const row = std::ranges::find_if(
+      kTypes, [&](const TypeRow& candidate) { return key != nullptr && *key == candidate.name; });
   if (row == std::end(kTypes)) fail(where + ": unknown dtype " + brief(dtype));
   std::vector<int64_t> shape = sizes(entry.find("shape"), where + ": shape");
   if (shape.size() > kMaxDims) {
@@ -133,19 +131,21 @@ void check_coverage(const std::vector<StoredTensor>& tensors,
   std::vector<const StoredTensor*> ordered;
   ordered.reserve(tensors.size());
   for (const StoredTensor& tensor : tensors) ordered.push_back(&tensor);
-  std::sort(ordered.begin(), ordered.end(), [](const StoredTensor* a, const StoredTensor* b) {
+  std::ranges::sort(ordered, [](const StoredTensor* a, const StoredTensor* b) {
     return std::pair(a->offset, a->bytes) < std::pair(b->offset, b->bytes);
   });
+  const auto refuse = [&](const StoredTensor& tensor, const StoredTensor* before, int64_t end) {
+    fail(file + ": " + brief_text(tensor.name) + " starts at byte " +
+         std::to_string(tensor.offset) + " of the data, but " +
+         (before == nullptr ? "the header" : brief_text(before->name)) + " ends at " +
+         std::to_string(end));
+  };
   int64_t position = 0;
-  std::string previous = "the header";
+  const StoredTensor* previous = nullptr;
   for (const StoredTensor* tensor : ordered) {
-    if (tensor->offset != position) {
-      fail(file + ": " + brief_text(tensor->name) + " starts at byte " +
-           std::to_string(tensor->offset) + " of the data, but " + previous + " ends at " +
-           std::to_string(position));
-    }
+    if (tensor->offset != position) refuse(*tensor, previous, position);
     position += tensor->bytes;
-    previous = brief_text(tensor->name);
+    previous = tensor;
   }
   if (position != data_bytes) {
     fail(file + ": " + (position > data_bytes ? "truncated" : "followed by unknown data") +
@@ -213,7 +213,7 @@ std::vector<StoredTensor> read_header(std::string_view file, const std::string& 
   } catch (const JsonError& error) {
     fail(where + ": not valid JSON (" + error.what() + ")");
   }
-  const JsonObject* const members = header.as<JsonObject>();
+  const auto* const members = header.as<JsonObject>();
   if (members == nullptr) fail(where + ": expected a JSON object, got " + brief(&header));
   std::vector<StoredTensor> tensors;
   tensors.reserve(members->size());

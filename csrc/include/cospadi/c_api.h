@@ -20,6 +20,8 @@
 extern "C" {
 #endif
 
+/* C has no namespaces: NOLINTBEGIN(readability-identifier-naming) */
+
 /* ---- errors and versions ------------------------------------------------------------------- */
 
 typedef int32_t cospadi_status;
@@ -278,6 +280,8 @@ COSPADI_API cospadi_status cospadi_packed_gemm(const cospadi_const_matrix* z,
                                                cospadi_dtype bias_dtype,
                                                const cospadi_matrix* y,
                                                int32_t n_threads);
+
+/* NOLINTEND(readability-identifier-naming) */
 
 #ifdef __cplusplus
 }
