@@ -13,7 +13,9 @@
 namespace cospadi {
 
 /// Bytes of one mask row: ceil(n_atoms / 8).
-constexpr int64_t mask_row_bytes(int64_t n_atoms) noexcept { return (n_atoms + 7) / 8; }
+constexpr int64_t mask_row_bytes(int64_t n_atoms) noexcept {
+  return n_atoms / 8 + (n_atoms % 8 != 0 ? 1 : 0);  // the sum n_atoms + 7 may not exist
+}
 
 /// Writes the mask of `indices` [n_rows x s], each row strictly ascending in 0 .. n_atoms - 1, to
 /// `mask` [n_rows x mask_row_bytes(n_atoms)]; padding between rows of a strided mask is not
