@@ -27,7 +27,8 @@ function(cospadi_add_cuda target)
   endif()
   set_target_properties(${target} PROPERTIES
     # CMake 3.25 does not know nvcc 13's C++20 flag
-    CUDA_STANDARD 17 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_RUNTIME_LIBRARY Static)
+    CUDA_STANDARD 17 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_RUNTIME_LIBRARY Static
+    CUDA_VISIBILITY_PRESET hidden)
   target_sources(${target} PRIVATE csrc/cuda/device.cu)
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
 endfunction()
