@@ -21,6 +21,7 @@ T* address(uintptr_t value) {
 
 void bind_dictionary(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_omp(py::module_& m);
 void bind_packed(py::module_& m);
 void bind_round_code(py::module_& m);

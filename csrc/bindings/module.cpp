@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   cospadi::bindings::bind_dictionary(m);
   cospadi::bindings::bind_gemm(m);
+  cospadi::bindings::bind_linear(m);
   cospadi::bindings::bind_omp(m);
   cospadi::bindings::bind_packed(m);
   cospadi::bindings::bind_round_code(m);

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cpu/dictionary_types.hpp"
+#include "cpu/linear_types.hpp"
 #include "cpu/omp_types.hpp"
 #include "cpu/round_code_types.hpp"
 #include "cpu/select_types.hpp"
@@ -49,6 +50,7 @@ struct KernelTable {
   GemmKernels<float> gemm_f32;
   GemmKernels<double> gemm_f64;
   SparseGemmKernels sparse_gemm;
+  LinearKernels linear;
   OmpEntry<float> omp_f32;
   OmpEntry<double> omp_f64;
   DictionaryEntry<float> dictionary_f32;

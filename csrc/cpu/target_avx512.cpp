@@ -29,6 +29,7 @@ namespace {
 #include "cpu/decode_fields_avx512.inl"
 #include "cpu/decode_fields.inl"
 #include "cpu/sparse_gemm_entry.inl"
+#include "cpu/linear_kernel.inl"
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"
 #include "cpu/dictionary_kernel.inl"
@@ -50,6 +51,7 @@ const KernelTable& avx512_table() {
       .gemm_f32 = avx512::make_gemm_kernels<float>(),
       .gemm_f64 = avx512::make_gemm_kernels<double>(),
       .sparse_gemm = avx512::make_sparse_gemm_kernels(),
+      .linear = avx512::make_linear_kernels(),
       .omp_f32 = avx512::omp::make_entry<float>(),
       .omp_f64 = avx512::omp::make_entry<double>(),
       .dictionary_f32 = avx512::dictionary::make_entry<float>(),

@@ -27,6 +27,7 @@ namespace {
 #include "cpu/decode_fields_generic.inl"
 #include "cpu/decode_fields.inl"
 #include "cpu/sparse_gemm_entry.inl"
+#include "cpu/linear_kernel.inl"
 #include "cpu/omp_history.inl"
 #include "cpu/omp_kernel.inl"
 #include "cpu/dictionary_kernel.inl"
@@ -48,6 +49,7 @@ const KernelTable& generic_table() {
       .gemm_f32 = generic::make_gemm_kernels<float>(),
       .gemm_f64 = generic::make_gemm_kernels<double>(),
       .sparse_gemm = generic::make_sparse_gemm_kernels(),
+      .linear = generic::make_linear_kernels(),
       .omp_f32 = generic::omp::make_entry<float>(),
       .omp_f64 = generic::omp::make_entry<double>(),
       .dictionary_f32 = generic::dictionary::make_entry<float>(),

@@ -7,6 +7,37 @@ def cuda_built() -> bool: ...
 def cuda_device_count() -> int: ...
 def cuda_unavailable_reason() -> str: ...
 def default_thread_count() -> int: ...
+def linear(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    x_stride: int,
+    d_in: int,
+    has_identity: bool,
+    dictionary: int,
+    dictionary_dtype: int,
+    n_atoms: int,
+    dictionary_scale: int,
+    dictionary_scale_dtype: int,
+    mask: int,
+    mask_cols: int,
+    coeffs: int,
+    coeffs_dtype: int,
+    d_out: int,
+    row_bytes: int,
+    sparsity: int,
+    kind: int,
+    bits: int,
+    coeffs_scale: int,
+    coeffs_scale_dtype: int,
+    n_groups: int,
+    group: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    n_threads: int,
+    /,
+) -> None: ...
 def omp_encode_f32(
     gram: int,
     gram_stride: int,

@@ -230,6 +230,39 @@ def packed_gemm_reference(
     return sparse_gemm_reference(z, mask, coeffs, bias)
 
 
+def linear_reference(
+    x: torch.Tensor,
+    dictionary: torch.Tensor | None,
+    has_identity: bool,
+    mask: torch.Tensor | None,
+    coeffs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a compressed projection: ``y = z @ S + bias`` with ``z = x @ D``, or ``[x ; x @ D]``.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        ``[rows, d_in]``.
+    dictionary : torch.Tensor or None
+        ``[d_in, n_atoms]``.
+    has_identity : bool
+        The inputs are atoms, before the learned ones.
+    mask, coeffs, bias
+        As in `packed_gemm_reference`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[rows, d_out]`` float64; ``x @ D`` is rounded to the dtype of `x`, as the kernels do.
+    """
+    parts = [x] if has_identity else []
+    if dictionary is not None:
+        parts.append((x.double() @ dictionary.double()).to(x.dtype))
+    z = torch.cat(parts, dim=1) if parts else x.new_empty((x.shape[0], 0))
+    return packed_gemm_reference(z, mask, coeffs, bias)
+
+
 def omp_encode_reference(
     gram: torch.Tensor,
     correlations: torch.Tensor,

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "native": {"_C", "native"},
     "reference": set(),
     "ops": {"native"},
+    "linear_op": {"ops", "native"},
     "factor": {"native"},
     "sparse_coding": {"native"},  # of use without a model
     "sparse_dictionary": {"sparse_coding"},
-    **{name: LEARNERS | {"factor", "ops", "native"} for name in LEARNERS},
+    **{name: LEARNERS | {"factor", "ops", "linear_op", "native"} for name in LEARNERS},
     # cospadi.load registers the transformers method, late, so that reading alone stays light
     "checkpoint": LEARNERS | {"factor", "ops", "native", "hf"},
     "pipeline": LEARNERS | {"pipeline", "factor", "ops", "native"},

@@ -14,6 +14,7 @@ from cospadi import native
 HERE = Path(__file__).parent
 SUITE = (
     "test_gemm.py",
+    "test_linear.py",
     "test_mask.py",
     "test_packed.py",
     "test_round_code.py",

@@ -100,8 +100,7 @@ class COSPADI_API Layer {
   /// are in float, and y is rounded once. Results are the same bits for any `n_threads`; 0 means
   /// OpenMP's default.
   ///
-  /// Workspace, allocated and freed inside: that of sparse_gemm, and total_atoms values of x's type
-  /// for each of at most 1024 tokens at a time (none without a dictionary). Throws Error for
+  /// Workspace, allocated and freed inside: that of `linear` (cospadi/linear.hpp). Throws Error for
   /// shapes, strides and null pointers before y is written, and if there is no memory.
   void forward(ConstTypedMatrix x, TypedMatrix y, int n_threads = 0) const;
 
@@ -127,10 +126,9 @@ class COSPADI_API Checkpoint {
   [[nodiscard]] const LayerInfo& info(std::string_view module) const;
 
   /// Checks the values of a module's tensors (population of the mask, padding, range, finiteness,
-  /// signs of scales) and makes a layer of it. Reads all of its bytes; a dictionary of
-  /// floating-point numbers is transposed into memory of its own, once for all layers that share
-  /// it, the rest is used where it is mapped. Throws Error(kInvalidArgument) if there is no such
-  /// module, Error(kCheckpoint) for a wrong value. `n_threads` as in Layer::forward.
+  /// signs of scales) and makes a layer of it, which uses them where they are mapped. Reads all of
+  /// its bytes, those of a shared dictionary once. Throws Error(kInvalidArgument) if there is no
+  /// such module, Error(kCheckpoint) for a wrong value. `n_threads` as in Layer::forward.
   [[nodiscard]] Layer layer(std::string_view module, int n_threads = 0) const;
 
   /// Names of all stored tensors, ascending; those of compressed modules are among them.

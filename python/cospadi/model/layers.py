@@ -7,10 +7,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from cospadi import ops
 from cospadi.checkpoint.format import (
     CONFIG_KEY,
     SENTINEL,
@@ -27,6 +25,7 @@ from cospadi.factor import (
     SparseFactor,
     dtype_name,
 )
+from cospadi.linear_op import linear
 
 SCALES = ("dictionary_scale", "coeffs_scale")
 """Tensors that casts of a model leave alone: float16 would lose small scales."""
@@ -193,42 +192,26 @@ class CospadiLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to `x` [..., d_in]; returns [..., d_out] in the type of `x`."""
-        z = self._atom_products(x)  # [..., total_atoms]
+        dictionary, dictionary_scale = self._dictionary_on(x.device)
         packing = self.packing
-        if packing is not None:
-            return ops.packed_gemm(
-                z,
-                self.mask,
-                self.coeffs,
-                packing.sparsity,
-                packing.dtype,
-                self.coeffs_scale,
-                packing.group,
-                self.bias,
-            )
-        if self.mask is None:
-            return F.linear(z, self.coeffs, self.bias)
-        return ops.sparse_gemm(z, self.mask, self.coeffs, self.bias)
-
-    def _atom_products(self, x: torch.Tensor) -> torch.Tensor:
-        """Return z: the inputs if they are atoms, and their products with the learned atoms."""
-        dictionary, scale = self._dictionary_on(x.device)
-        if dictionary is None:
-            return x
-        if scale is None:
-            products = x @ dictionary
+        if packing is None:
+            form: tuple[int, str | None, int] = (self.coeffs.shape[1], None, 0)
         else:
-            products = ops.packed_gemm(
-                x,
-                None,
-                dictionary.view(torch.uint8),
-                self.in_features,
-                "int8",
-                scale.unsqueeze(1),
-                0,
-                None,
-            )
-        return torch.cat((x, products), dim=-1) if self.n_identity else products
+            form = (packing.sparsity, packing.dtype, packing.group)
+        sparsity, code_format, group = form
+        return linear(
+            x,
+            dictionary,
+            dictionary_scale,
+            self.n_identity > 0,
+            self.mask,
+            self.coeffs,
+            sparsity,
+            code_format,
+            self.coeffs_scale,
+            group,
+            self.bias,
+        )
 
     def _dictionary_on(
         self, device: torch.device

@@ -6,6 +6,7 @@ follow the learner's convention: signals and atoms are rows. Every function has 
 
 from cospadi.native.atoms import AtomUpdateStats, update_atoms
 from cospadi.native.gemm import gemm
+from cospadi.native.linear import linear
 from cospadi.native.omp import OmpResult, omp_encode
 from cospadi.native.packed import (
     CODE_FORMATS,
@@ -28,6 +29,7 @@ __all__ = [
     "RoundCodeResult",
     "decode_coeffs",
     "gemm",
+    "linear",
     "omp_encode",
     "pack_fields",
     "pack_mask",

@@ -124,8 +124,8 @@ def packed_gemm(
         and codes.dtype is torch.uint8
         and codes_shape[1] == (sparsity * form.bits + 7) // 8
         and (sparsity == z.shape[-1] if mask is None else 0 <= sparsity <= z.shape[-1])
-        and (mask is None or _is_mask(mask, codes_shape[0], z.shape[-1]))
-        and _is_scale(scale, codes_shape[0], sparsity, form, group)
+        and (mask is None or is_mask(mask, codes_shape[0], z.shape[-1]))
+        and is_scale(scale, codes_shape[0], sparsity, form, group)
         and (bias is None or is_bias(bias, codes_shape[0]))
     )
     if not is_valid or form is None:
@@ -148,7 +148,7 @@ def packed_gemm(
     if bias is not None:
         bias = bias.contiguous()
         bias_address, bias_code = bias.data_ptr(), FLOAT_CODES[bias.dtype]
-    scale, scale_arguments = _scale_arguments(scale)
+    scale, scale_values = scale_arguments(scale)
     try:
         _C.packed_gemm(
             z.data_ptr(),
@@ -164,7 +164,7 @@ def packed_gemm(
             sparsity,
             int(form.has_scale),
             form.bits,
-            *scale_arguments,
+            *scale_values,
             group,
             bias_address,
             bias_code,
@@ -177,15 +177,17 @@ def packed_gemm(
     return y
 
 
-def _is_mask(mask: torch.Tensor, d_out: int, n_atoms: int) -> bool:
+def is_mask(mask: torch.Tensor, d_out: int, n_atoms: int) -> bool:
+    """Whether `mask` is a CPU tensor of the shape and type of a mask."""
     return (
         mask.is_cpu and mask.dtype is torch.uint8 and mask.shape == (d_out, mask_row_bytes(n_atoms))
     )
 
 
-def _is_scale(
+def is_scale(
     scale: torch.Tensor | None, d_out: int, sparsity: int, form: CodeFormat, group: int
 ) -> bool:
+    """Whether `scale` is what the format asks for: a CPU tensor of scales, or None."""
     if not form.has_scale:
         return scale is None and group == 0
     return (
@@ -197,7 +199,7 @@ def _is_scale(
     )
 
 
-def _scale_arguments(
+def scale_arguments(
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, tuple[int, int, int]]:
     """Return `scale` contiguous, and its address, dtype and scales per output."""
@@ -223,7 +225,7 @@ def _raise_packed_gemm_error(
         raise InputError(f"{name}: z: expected shape [..., n_atoms], got a scalar")
     check_tensor(name, "z", z, (None,) * z.dim(), FLOATS)
     n_atoms = z.shape[-1]
-    _check_coeffs(name, codes, sparsity, code_format, scale, group)
+    check_coeffs(name, codes, sparsity, code_format, scale, group)
     d_out = codes.shape[0]
     if mask is not None:
         check_tensor(name, "mask", mask, (d_out, mask_row_bytes(n_atoms)), (torch.uint8,))
@@ -236,7 +238,7 @@ def _raise_packed_gemm_error(
     raise InputError(f"{name}: sparsity: s = {sparsity} is more than the {n_atoms} atoms of z")
 
 
-def _check_coeffs(
+def check_coeffs(
     function: str,
     codes: torch.Tensor,
     sparsity: int,
@@ -301,9 +303,9 @@ def decode_coeffs(
         Wrong dtype, device, shape, format, group or sparsity.
     """
     name = "decode_coeffs"
-    form = _check_coeffs(name, codes, sparsity, code_format, scale, group)
+    form = check_coeffs(name, codes, sparsity, code_format, scale, group)
     codes = codes.contiguous()
-    scale, scale_arguments = _scale_arguments(scale)
+    scale, scale_values = scale_arguments(scale)
     d_out, row_bytes = codes.shape
     out = torch.empty((d_out, sparsity))
     with native_errors(name):
@@ -314,7 +316,7 @@ def decode_coeffs(
             sparsity,
             int(form.has_scale),
             form.bits,
-            *scale_arguments,
+            *scale_values,
             group,
             out.data_ptr(),
             thread_count(num_threads),
