@@ -1,8 +1,6 @@
-"""Timing rules, machine fingerprint and result schema shared by the benchmark programs.
+"""Machine fingerprint and result schema shared by the benchmark programs; the timing rules are the package's own.
 
-Rules: competitors run in turn, round after round, so that a slow phase of the machine meets all of them; single-thread
-work is timed by the thread's CPU time, multi-thread work by the wall clock; median and quartiles are reported, best
-for reference. Rates are given next to the peaks measured in the same run.
+Rates are given next to the peaks measured in the same run.
 """
 
 from __future__ import annotations
@@ -11,44 +9,46 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cospadi import native
+from cospadi.evaluation.timing import (
+    Timing,
+    copy_peak,
+    gemm_peak,
+    measure,
+    measure_in_turn,
+    read_peak,
+    summarise,
+)
+
+__all__ = [
+    "Result",
+    "Timing",
+    "argument_parser",
+    "copy_peak",
+    "fingerprint",
+    "gemm_peak",
+    "measure",
+    "measure_in_turn",
+    "peak_memory_bytes",
+    "print_results",
+    "read_peak",
+    "reset_peak_memory",
+    "single_threaded_blas",
+    "summarise",
+    "write_json",
+]
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call.
-
-    Attributes
-    ----------
-    median, lower_quartile, upper_quartile, best : float
-        Seconds.
-    n : int
-        Calls measured, after one warm-up call.
-    clock : str
-        ``thread_cpu`` or ``wall``.
-    """
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    best: float
-    n: int
-    clock: str
 
 
 @dataclass
@@ -93,55 +93,6 @@ class Result:
         return asdict(self) | {"rates": rates}
 
 
-def _clock(name: str) -> Callable[[], float]:
-    return time.thread_time if name == "thread_cpu" else time.perf_counter
-
-
-def measure_in_turn(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int = 7, clock: str = "thread_cpu"
-) -> dict[str, Timing]:
-    """Time competing functions round by round.
-
-    Parameters
-    ----------
-    calls : mapping
-        Name to function without arguments; each is called once more to warm up.
-    repeats : int
-        Rounds.
-    clock : {"thread_cpu", "wall"}
-        ``thread_cpu`` counts only the calling thread: for single-thread work.
-
-    Returns
-    -------
-    dict
-        Name to `Timing`.
-    """
-    now = _clock(clock)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = now()
-            call()
-            seconds[name].append(now() - start)
-    return {name: summarise(values, clock) for name, values in seconds.items()}
-
-
-def measure(call: Callable[[], object], *, repeats: int = 7, clock: str = "thread_cpu") -> Timing:
-    """Time one function; see `measure_in_turn`."""
-    return measure_in_turn({"call": call}, repeats=repeats, clock=clock)["call"]
-
-
-def summarise(seconds: list[float], clock: str) -> Timing:
-    """Return median and quartiles of measured seconds."""
-    if len(seconds) == 1:
-        lower = median = upper = seconds[0]
-    else:
-        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, lower, upper, min(seconds), len(seconds), clock)
-
-
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
     """Keep the BLAS of other libraries to the calling thread, whose CPU time is what is measured."""
@@ -152,31 +103,6 @@ def single_threaded_blas() -> Iterator[None]:
         return
     with threadpool_limits(1, user_api="blas"):
         yield
-
-
-def gemm_peak(dtype: torch.dtype, threads: int, size: int = 1024) -> float:
-    """Return the flop/s of torch's dense product at this thread count, best of several."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    previous = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        timing = measure(lambda: a @ b, repeats=7, clock="thread_cpu" if threads == 1 else "wall")
-    finally:
-        torch.set_num_threads(previous)
-    return 2.0 * size**3 / timing.best
-
-
-def copy_peak(threads: int, megabytes: int = 128) -> float:
-    """Return the bytes/s (read plus written) of a copy that fits in no cache."""
-    source = torch.zeros(megabytes << 18)
-    target = torch.empty_like(source)
-    previous = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        timing = measure(lambda: target.copy_(source), repeats=5, clock="wall")
-    finally:
-        torch.set_num_threads(previous)
-    return 2.0 * source.numel() * 4 / timing.best
 
 
 def reset_peak_memory() -> None:

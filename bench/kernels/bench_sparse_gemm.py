@@ -80,13 +80,6 @@ def in_turn(
     return lambda: function(z, *next(copies))
 
 
-def read_peak(threads: int, megabytes: int = 256) -> float:
-    """Bytes/s of reading memory once, best of several."""
-    source = torch.zeros(megabytes << 17, dtype=torch.float64)
-    clock = "thread_cpu" if threads == 1 else "wall"
-    return source.nbytes / harness.measure(source.sum, repeats=7, clock=clock).best
-
-
 def variants(
     matrix: Matrix, rows: int, total: int
 ) -> dict[str, tuple[Callable[[], torch.Tensor], int, int, torch.dtype]]:
@@ -180,7 +173,7 @@ def main() -> int:
     torch.manual_seed(0)
 
     peaks = {
-        "read": read_peak(args.threads),
+        "read": harness.read_peak(args.threads),
         "gemm_bf16": harness.gemm_peak(torch.bfloat16, args.threads),
         "gemm_fp32": harness.gemm_peak(torch.float32, args.threads),
     }

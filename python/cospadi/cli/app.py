@@ -7,6 +7,7 @@ import sys
 import typer
 
 from cospadi.cli import (
+    bench,
     compare,
     compress,
     doctor,
@@ -45,6 +46,7 @@ app.add_typer(recipe.recipe_app, name="recipe")
 app.command("report")(report.report_command)
 app.command("verify")(verify.verify_command)
 app.command("export")(export.export_command)
+app.command("bench")(bench.bench_command)
 app.command("plan")(plan.plan_command)
 app.command("doctor")(doctor.doctor_command)
 
