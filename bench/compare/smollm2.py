@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cospadi.pipeline.report import read_report
+
 PUBLIC_SVD_LLM = 80.59
 PUBLIC_DENSE = 29.60
 
@@ -49,8 +51,7 @@ def compress(model: Path, out: Path, *options: object) -> dict[str, Any]:
     """Compress unless done; the report of the result."""
     if not (out / "config.json").exists():
         cospadi("compress", model, "--out", out, *options)
-    report: dict[str, Any] = json.loads((out / "cospadi_report.json").read_text())
-    return report
+    return read_report(out)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:

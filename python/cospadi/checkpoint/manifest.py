@@ -1,12 +1,18 @@
-"""The list of a checkpoint's files with their sizes and SHA-256 sums."""
+"""The list of a checkpoint's files with their sizes and SHA-256 sums.
+
+The manifest lists what a checkpoint is: equal inputs give equal manifests. What differs from run to run all the same
+(times, and pages that show them) is in the run record, or is listed there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from cospadi.checkpoint.atomic import HELD_SUFFIX
 from cospadi.checkpoint.reader import checked_file
@@ -16,6 +22,9 @@ from cospadi.factor import brief
 
 MANIFEST_FILE = "cospadi_manifest.json"
 MANIFEST_VERSION = 1
+
+RUN_FILE = "cospadi_run.json"
+"""The run record. Its key ``files`` is a list like the manifest's; the other keys are the caller's."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -31,7 +40,7 @@ class ManifestReport:
     problems : tuple of str
         One line per listed file that is missing, differs or cannot be read.
     unlisted : tuple of str
-        Files of the folder that the manifest does not know; not a problem by themselves.
+        Files of the folder that neither the manifest nor the run record knows; not a problem by themselves.
     """
 
     n_files: int
@@ -39,39 +48,52 @@ class ManifestReport:
     unlisted: tuple[str, ...]
 
 
+def write_run_record(folder: Path, run: Mapping[str, Any], names: Collection[str]) -> None:
+    """Write the run record: plain data, and the sums of the files `names`, which the manifest then leaves out."""
+    record = {**run, "files": {name: _entry(folder / name) for name in sorted(names)}}
+    text = json.dumps(record, indent=1, allow_nan=False)
+    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of everything in `folder`; a held file is listed under its later name."""
+    """Write the manifest of everything in `folder`; a held file is listed under its later name.
+
+    The run record, and what it lists, is left out.
+    """
+    apart = {MANIFEST_FILE, RUN_FILE, *_listed_by_run(folder)}
     files = {
         path.relative_to(folder).as_posix().removesuffix(HELD_SUFFIX): _entry(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_FILE
+        if path.is_file() and path.relative_to(folder).as_posix() not in apart
     }
     text = json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def renew_manifest(folder: Path, name: str) -> None:
-    """State size and SHA-256 of one file of `folder` anew, after it was written again.
+    """State size and SHA-256 of one file of `folder` anew, after it was written again, where it is listed.
 
     Raises
     ------
     CheckpointError
-        If the manifest is malformed; it is left as it was.
+        If the manifest or the run record is malformed; it is left as it was.
     InputError
         If it cannot be written.
     """
-    manifest = checked_file(folder, MANIFEST_FILE)
-    content = read_json_object(manifest)
+    is_of_run = name in _listed_by_run(folder)
+    listing = checked_file(folder, RUN_FILE if is_of_run else MANIFEST_FILE)
+    content = read_json_object(listing)
     if not isinstance(content.get("files"), dict):
-        raise CheckpointError(f"{manifest}: expected manifest_version {MANIFEST_VERSION} and files")
-    partial = folder / f".{MANIFEST_FILE}.partial-{os.getpid()}"
+        raise CheckpointError(f"{listing}: expected manifest_version {MANIFEST_VERSION} and files")
+    partial = folder / f".{listing.name}.partial-{os.getpid()}"
     try:
         content["files"][name] = _entry(folder / name)
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(manifest)
+        text = json.dumps(content, indent=1 if is_of_run else 2)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(listing)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{manifest}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{listing}: cannot be written ({error.strerror or error})") from None
 
 
 def has_manifest(path: str | Path) -> bool:
@@ -90,8 +112,8 @@ def verify_manifest(path: str | Path) -> ManifestReport:
     Raises
     ------
     CheckpointError
-        If there is no manifest or it is malformed. A file that differs is no exception but a line
-        of the report.
+        If there is no manifest, or it or the run record is malformed. A file that differs is no
+        exception but a line of the report.
     """
     folder = Path(path)
     manifest = checked_file(folder, MANIFEST_FILE)
@@ -99,11 +121,13 @@ def verify_manifest(path: str | Path) -> ManifestReport:
     files = content.get("files")
     if content.get("manifest_version") != MANIFEST_VERSION or not isinstance(files, dict):
         raise CheckpointError(f"{manifest}: expected manifest_version {MANIFEST_VERSION} and files")
+    of_run = _listed_by_run(folder)
     problems = []
-    for name, item in files.items():
-        _check_relative(manifest, name)
+    for name, item in {**of_run, **files}.items():
+        listing = manifest if name in files else folder / RUN_FILE
+        _check_relative(listing, name)
         if not isinstance(item, dict):
-            raise CheckpointError(f"{manifest}: {brief_text(name)}: expected an object")
+            raise CheckpointError(f"{listing}: {brief_text(name)}: expected an object")
         try:
             file = checked_file(folder, name)
         except CheckpointError as error:
@@ -121,10 +145,21 @@ def verify_manifest(path: str | Path) -> ManifestReport:
         name
         for file in folder.rglob("*")
         if file.is_file()
-        and (name := file.relative_to(folder).as_posix()) not in files
-        and name != MANIFEST_FILE
+        and (name := file.relative_to(folder).as_posix()) not in {**of_run, **files}
+        and name not in (MANIFEST_FILE, RUN_FILE)
     )
-    return ManifestReport(len(files), tuple(problems), tuple(unlisted))
+    return ManifestReport(len(files) + len(of_run), tuple(problems), tuple(unlisted))
+
+
+def _listed_by_run(folder: Path) -> dict[str, Any]:
+    """Files that the run record lists; none where there is no run record, as in what older versions wrote."""
+    if not os.path.lexists(folder / RUN_FILE):
+        return {}
+    path = checked_file(folder, RUN_FILE)
+    files = read_json_object(path).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: expected files")
+    return files
 
 
 def _check_relative(manifest: Path, name: str) -> None:

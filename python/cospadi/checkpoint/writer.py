@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ import torch
 
 from cospadi.checkpoint.atomic import HELD_SUFFIX, new_folder
 from cospadi.checkpoint.format import CONFIG_KEY, CospadiConfigData, ModuleEntry
-from cospadi.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from cospadi.checkpoint.manifest import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    write_manifest,
+    write_run_record,
+)
 from cospadi.checkpoint.reader import CONFIG_FILE, check_tensors, read_headers
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES, SparseFactor, brief, dtype_name
@@ -22,12 +27,29 @@ from cospadi.model.layers import compressed_modules, describe_modules
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", re.ASCII)
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What differs between two runs that give equal checkpoints; the manifest leaves it out.
+
+    Attributes
+    ----------
+    data : mapping
+        Plain data, such as times.
+    files : mapping
+        Files by plain name that show some of it; listed in the run record with their sums.
+    """
+
+    data: Mapping[str, Any]
+    files: Mapping[str, str | bytes]
+
+
 def write_checkpoint(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
     config_data: CospadiConfigData,
     out_dir: str | Path,
     extra_files: Mapping[str, str | bytes] | None = None,
+    run: RunRecord | None = None,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = "5GB",
 ) -> Path:
@@ -47,6 +69,8 @@ def write_checkpoint(
         Must not exist or be an empty folder.
     extra_files : mapping of str to str or bytes, optional
         Further files by plain name, such as ``README.md`` or ``recipe.yaml``.
+    run : RunRecord, optional
+        How this run went.
     dtype : torch.dtype
         Storage type of all other floating-point tensors.
     max_shard_size : int or str
@@ -67,7 +91,7 @@ def write_checkpoint(
         `config_data` contradicts itself about a shared dictionary.
     """
     extra_files = dict(extra_files or {})
-    _check_extra_names(extra_files)
+    _check_extra_names([*extra_files, *(run.files if run is not None else ())])
     _check_description(model, config_data)
     with new_folder(out_dir) as folder:
         save_model(model, stored_state(model, config_data, dtype), folder, max_shard_size)
@@ -75,13 +99,28 @@ def write_checkpoint(
         hold_config(folder, {"dtype": dtype_name(dtype), CONFIG_KEY: config_data.to_dict()})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for name, content in extra_files.items():
-            if (folder / name).exists():
-                raise InputError(f"extra file {name}: the checkpoint has a file of this name")
-            data = content.encode("utf-8") if isinstance(content, str) else content
-            (folder / name).write_bytes(data)
-        write_manifest(folder)
+        finish_folder(folder, extra_files, run)
     return Path(out_dir)
+
+
+def finish_folder(
+    folder: Path, extra_files: Mapping[str, str | bytes], run: RunRecord | None
+) -> None:
+    """Write further files, the run record and, last, the manifest.
+
+    Raises
+    ------
+    InputError
+        A further file has the name of one that is there.
+    """
+    for name, content in {**extra_files, **(run.files if run is not None else {})}.items():
+        if (folder / name).exists():
+            raise InputError(f"extra file {name}: the checkpoint has a file of this name")
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        (folder / name).write_bytes(data)
+    if run is not None:
+        write_run_record(folder, run.data, run.files)
+    write_manifest(folder)
 
 
 def stored_state(
@@ -158,9 +197,9 @@ def hold_config(folder: Path, changes: Mapping[str, Any]) -> None:
     path.unlink()
 
 
-def _check_extra_names(names: Mapping[str, object]) -> None:
+def _check_extra_names(names: Sequence[str]) -> None:
     for name in names:
-        if _EXTRA_NAME.fullmatch(name) is None or name in (CONFIG_FILE, MANIFEST_FILE):
+        if _EXTRA_NAME.fullmatch(name) is None or name in (CONFIG_FILE, MANIFEST_FILE, RUN_FILE):
             raise InputError(
                 f"extra file {brief(name)}: expected a plain file name that is not taken"
             )

@@ -24,7 +24,7 @@ from cospadi.learn.methods import METHODS
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_setting, recipe_from_mapping
-from cospadi.pipeline.report import BF16_BYTES
+from cospadi.pipeline.report import BF16_BYTES, read_report
 from cospadi.pipeline.workdir import write_atomic
 
 EXIT_PARTIAL = 3
@@ -257,7 +257,7 @@ def compress_cell(
 
 def _summary(out: Path, cost: Mapping[str, Any]) -> dict[str, Any]:
     data = inspect_checkpoint(out)
-    report = json.loads((out / "cospadi_report.json").read_text())
+    report = read_report(out)
     modules = {
         name: {
             key: module[key] for key in ("relative_error", "n_atoms", "sparsity", "stored_bytes")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from cospadi import __version__
 from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
-from cospadi.checkpoint.writer import write_checkpoint
+from cospadi.checkpoint.writer import RunRecord, write_checkpoint
 from cospadi.factor import STORAGE_DTYPES, SparseFactor
 from cospadi.model.layers import build_layers, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.recipe import Recipe
-from cospadi.pipeline.report import REPORT_FILE, report_data
+from cospadi.pipeline.report import REPORT_FILE, report_data, split_report
 from cospadi.report.card import PAGE_FILE, model_card
 from cospadi.report.compression_page import compression_page
 
@@ -53,7 +53,8 @@ def write_output(
             factors, leaders, layer_types={name: planned[name].layer_type for name in factors}
         ),
     )
-    report = report_data(source, data, result, recipe, calibration, versions)
+    everything = report_data(source, data, result, recipe, calibration, versions)
+    report, run = split_report(everything)
     card = model_card(report, has_tokenizer=source.tokenizer is not None)
     write_checkpoint(
         source.model,
@@ -63,8 +64,8 @@ def write_output(
         extra_files={
             REPORT_FILE: json.dumps(report, indent=1, allow_nan=False) + "\n",
             RECIPE_FILE: recipe.to_yaml(),
-            PAGE_FILE: compression_page(report),
             "README.md": card,
         },
+        run=RunRecord(run, {PAGE_FILE: compression_page(everything)}),
         dtype=STORAGE_DTYPES[recipe.storage_dtype],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
-from cospadi.checkpoint.manifest import has_manifest, renew_manifest
+from cospadi.checkpoint.manifest import RUN_FILE, has_manifest, renew_manifest
 from cospadi.checkpoint.reader import checked_file
 from cospadi.checkpoint.strict_json import check_plain, read_json_object
 from cospadi.errors import CheckpointError, InputError
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 REPORT_FILE = "cospadi_report.json"
 REPORT_VERSION = 1
 
+RUN_KEYS = ("threads", "seconds", "calibration_seconds", "stages", "resumed")
+"""What differs between runs with equal results: kept in the run record, not in the report."""
+
+_CLOCKS = ("coding_s", "update_s")
+"""Times in the alternations of a module."""
+
 BF16_BYTES = 2
 """Of every value of the model that ratios compare with."""
 
@@ -41,7 +48,7 @@ def report_data(
     calibration: CalibrationSet | None,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything that is known about a compression, as plain data.
+    """Everything that is known about a compression, as plain data; `split_report` says which part goes where.
 
     Parameters
     ----------
@@ -88,6 +95,63 @@ def report_data(
         "allocation": None if result.allocation is None else result.allocation.to_mapping(),
         "reconstruction": result.reconstruction,
     }
+
+
+def split_report(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate what equal inputs decide (`REPORT_FILE`) from what differs from run to run (the run record)."""
+    report = {key: value for key, value in data.items() if key not in RUN_KEYS}
+    run: dict[str, Any] = {key: data[key] for key in RUN_KEYS if key in data}
+    times: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
+    for name, module in data["modules"].items():
+        history = module.get("history") or []
+        times[name] = {"seconds": module.get("seconds")}
+        if history:
+            times[name] |= {key: [step[key] for step in history] for key in _CLOCKS}
+        kept = [
+            {key: value for key, value in step.items() if key not in _CLOCKS} for step in history
+        ]
+        modules[name] = {
+            key: kept if key == "history" else value
+            for key, value in module.items()
+            if key != "seconds"
+        }
+    report["modules"], run["modules"] = modules, times
+    if data.get("reconstruction") is not None:
+        run["reconstruction"] = [block["seconds"] for block in data["reconstruction"]]
+        report["reconstruction"] = [
+            {key: value for key, value in block.items() if key != "seconds"}
+            for block in data["reconstruction"]
+        ]
+    return report, run
+
+
+def read_report(directory: str | Path) -> dict[str, Any]:
+    """The report of a compressed directory, with what its run record adds to it where there is one.
+
+    Raises
+    ------
+    CheckpointError
+        One of them is no plain JSON object, or leads out of the directory.
+    """
+    folder = Path(directory)
+    report = _plain_object(checked_file(folder, REPORT_FILE))
+    if not os.path.lexists(folder / RUN_FILE):
+        return report
+    run = _plain_object(checked_file(folder, RUN_FILE))
+    report |= {key: run[key] for key in RUN_KEYS if key in run}
+    modules, times = report.get("modules"), run.get("modules")
+    if isinstance(modules, dict) and isinstance(times, dict):
+        for name, module in modules.items():
+            found = times.get(name)
+            if isinstance(module, dict) and isinstance(found, dict):
+                module["seconds"] = found.get("seconds")
+    blocks, seconds = report.get("reconstruction"), run.get("reconstruction")
+    if isinstance(blocks, list) and isinstance(seconds, list):
+        for block, value in zip(blocks, seconds, strict=False):
+            if isinstance(block, dict):
+                block["seconds"] = value
+    return report
 
 
 def _sizes(entry: ModuleEntry) -> dict[str, Any]:
@@ -142,7 +206,7 @@ def renew_page(directory: str | Path, evaluations: Sequence[str | Path] = ()) ->
         raise InputError(
             f"{folder / REPORT_FILE}: missing; it is in the folder that compress wrote"
         )
-    data = _plain_object(checked_file(folder, REPORT_FILE))
+    data = read_report(folder)
     scores = [
         score for file in evaluations for score in read_scores(_plain_object(Path(file)), str(file))
     ]
@@ -157,7 +221,7 @@ def renew_page(directory: str | Path, evaluations: Sequence[str | Path] = ()) ->
     return page
 
 
-def _plain_object(path: Path) -> Mapping[str, Any]:
+def _plain_object(path: Path) -> dict[str, Any]:
     data = read_json_object(path)
     check_plain(data, str(path))
     return data
