@@ -12,6 +12,7 @@ import cospadi
 from cospadi.calibration.blockwise import BlockwiseError
 from cospadi.calibration.data import load_calibration
 from cospadi.pipeline.compress import compress
+from cospadi.pipeline.report import read_report
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.open_model import open_model
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
@@ -65,7 +66,7 @@ def test_prediction_gets_better_at_the_same_bytes(job, tiny_text, tmp_path):
 
 def test_report_states_errors_before_and_after(job):
     source, out, result, events = job
-    report = json.loads((out / "cospadi_report.json").read_text())
+    report = read_report(out)
     blocks = report["reconstruction"]
     assert [block["block"] for block in blocks] == [0, 1]
     assert blocks == result.reconstruction

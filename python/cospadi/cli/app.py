@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 import typer
 
@@ -19,16 +22,23 @@ from cospadi.cli import (
     recipe,
     report,
     verify,
+    worker,
 )
 from cospadi.errors import CospadiError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 _RESUMABLE = ("compress", "compare")
 # click's UsageError, the base of all that the parser raises; newer versions of typer carry a click of their own, out of
 # which they publish this subclass only.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
 
 app = typer.Typer(
     name="cospadi",
@@ -48,6 +58,7 @@ app.command("verify")(verify.verify_command)
 app.command("export")(export.export_command)
 app.command("bench")(bench.bench_command)
 app.command("plan")(plan.plan_command)
+app.command("worker")(worker.worker_command)
 app.command("doctor")(doctor.doctor_command)
 
 
@@ -69,9 +80,16 @@ def _root(
 def main() -> None:
     """Entry point: errors become one line on stderr and the documented exit code.
 
-    0 ok, 1 internal, 2 usage or input, 3 partial result, 4 verification failed, 130 interrupted.
+    0 ok, 1 internal, 2 usage or input, 3 partial result, 4 verification failed, 130 interrupted, 143 terminated.
     """
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_run())
+
+
+def _terminate(_number: int, _frame: object) -> NoReturn:
+    """Turn a scheduler's SIGTERM into an exception, so that workers and half-written files are cleared away."""
+    raise _Terminated
 
 
 def _run() -> int:
@@ -83,15 +101,20 @@ def _run() -> int:
         return _report(str(error), error.exit_code)
     except KeyboardInterrupt:
         result = EXIT_INTERRUPTED
+    except _Terminated:
+        return _say_ended("terminated", EXIT_TERMINATED)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "cospadi"
         return _report(f"{error.format_message().rstrip('.')} (see {command} --help)", EXIT_USAGE)
     # the code of a typer.Exit, to which typer turns Ctrl-C too; None from a command that ran to its end
     code = result if isinstance(result, int) else 0
-    if code == EXIT_INTERRUPTED:
-        resumes = any(argument in _RESUMABLE for argument in sys.argv[1:2])
-        kept = "; what is finished is kept, the same command resumes" if resumes else ""
-        typer.echo(f"interrupted{kept}", err=True)
+    return _say_ended("interrupted", code) if code == EXIT_INTERRUPTED else code
+
+
+def _say_ended(how: str, code: int) -> int:
+    resumes = any(argument in _RESUMABLE for argument in sys.argv[1:2])
+    kept = "; what is finished is kept, the same command resumes" if resumes else ""
+    typer.echo(f"{how}{kept}", err=True)
     return code
 
 

@@ -44,7 +44,15 @@ def compress_command(
         None, help="Folder that keeps activation statistics for further runs."
     ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
-    threads: int | None = typer.Option(None, help="Threads; all cores by default."),
+    threads: int | None = typer.Option(
+        None, help="Threads of every process; all cores by default, divided among the workers."
+    ),
+    workers: int | None = typer.Option(
+        None, help="Processes that fit; 0: only those that join with 'cospadi worker OUT.work'."
+    ),
+    executor: str = typer.Option(
+        "local", help="local or ray (an existing cluster, or one made here)."
+    ),
 ) -> None:
     """Compress MODEL into the directory --out, a normal Hugging Face folder.
 
@@ -63,6 +71,8 @@ def compress_command(
             built,
             device=device,
             num_threads=threads,
+            workers=workers,
+            executor=executor,  # type: ignore[arg-type]
             gram_cache=gram_cache,
             listener=listener.handle,
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from cospadi import __version__, native
+from cospadi import native
 from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
@@ -21,6 +22,13 @@ from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.source import SourceModel, open_source
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
 from cospadi.pipeline.events import EventLog, Listener
+from cospadi.pipeline.executor import (
+    Executor,
+    InProcess,
+    QueueExecutor,
+    queued_bytes,
+    worker_threads,
+)
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
@@ -32,8 +40,12 @@ from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
 from cospadi.pipeline.stages import Stages
 from cospadi.pipeline.target_size import with_ratio_for_size
-from cospadi.pipeline.workdir import WorkDir
+from cospadi.pipeline.workdir import WorkDir, recorded_threads, run_settings
 from cospadi.versions import versions
+
+ExecutorKind = Literal["local", "ray"]
+
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,8 @@ def compress(
     *,
     device: str = "cpu",
     num_threads: int | None = None,
+    workers: int | None = None,
+    executor: ExecutorKind = "local",
     gram_cache: str | Path | None = None,
     listener: Listener | None = None,
     **settings: Any,  # noqa: ANN401
@@ -118,7 +132,14 @@ def compress(
     device : {"cpu", "cuda"}
         Where the fits run. This version computes on the CPU.
     num_threads : int, optional
-        Threads of torch and of the native kernels.
+        Threads of torch and of the native kernels, in every process. All cores by default, divided among `workers`;
+        a run that is resumed keeps its threads. Results depend on them (the order of sums in matrix products), and on
+        nothing else that is said here.
+    workers : int, optional
+        Processes on this machine that fit; None: this one alone. Beside them, or with 0 in their place, ``cospadi
+        worker <out>.work`` may run on any machine that sees the directory.
+    executor : {"local", "ray"}
+        Who starts the workers: this process, or a Ray cluster (`workers` then bounds the fits at a time).
     gram_cache : str or Path, optional
         Folder that keeps activation Grams, for several compressions of one model with one calibration set.
     listener : callable, optional
@@ -139,10 +160,9 @@ def compress(
     out_dir = check_output(out)
     if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
         raise InputError(f"{out_dir}: lies inside the model's own folder; choose another --out")
-    if num_threads is not None:
-        if num_threads < 1:
-            raise InputError(f"threads: expected at least 1, got {num_threads}")
-        torch.set_num_threads(num_threads)
+    _check_workers(workers, executor)
+    work_dir = out_dir.with_name(out_dir.name + ".work")
+    _set_threads(num_threads, work_dir, workers)
 
     if listener is not None:
         listener({"event": "loading", "model": str(model)})
@@ -150,14 +170,17 @@ def compress(
     # what can be refused is refused before anything is written
     recipe = with_ratio_for_size(source.model, *_plan_inputs(source, recipe), recipe)
     calibration = _load_calibration(recipe, source)
-    work = WorkDir(
-        out_dir.with_name(out_dir.name + ".work"), _run_settings(source, calibration, recipe)
-    )
+    work = WorkDir(work_dir, _run_settings(source, calibration, recipe))
     log_file = out_dir.with_name(out_dir.name + ".log.jsonl")
     had_log = log_file.exists()
     try:
         with EventLog(log_file, listener) as log:
-            result = _run(source, calibration, recipe, work, log, out_dir, gram_cache, start)
+            with closing(_executor(executor, workers, work, log)) as runner:
+                result = _run(
+                    source, calibration, recipe, work, log, runner, out_dir, gram_cache, start
+                )
+            work.remove()
+            log.emit("done", seconds=round(result.seconds, 2), failed=list(result.failed))
     except CospadiError:
         # Refused input must not stand in the way of the corrected command.
         if work.is_empty:
@@ -176,6 +199,7 @@ def _run(
     recipe: Recipe,
     work: WorkDir,
     log: EventLog,
+    executor: Executor,
     out_dir: Path,
     gram_cache: str | Path | None,
     start: float,
@@ -216,7 +240,9 @@ def _run(
         )
     for item in plan.dense:
         log.emit("dense", module=item.name, reason=item.reason)
-    job = Job(source, {t.name: t for t in targets}, plan, recipe, grams, fisher, work, log)
+    job = Job(
+        source, {t.name: t for t in targets}, plan, recipe, grams, fisher, work, log, executor
+    )
     job.run()
     if recipe.sequential:
         stages.end("calibration and fits")
@@ -228,6 +254,7 @@ def _run(
     if grams is not None and recipe.reconstruction == "blockwise":
         blocks = reconstruct(job, grams)
         stages.end("block-wise reconstruction")
+    specs = job.factors.specs
     result = CompressResult(
         out_dir=out_dir,
         plan=plan,
@@ -236,18 +263,53 @@ def _run(
         failed=tuple(item.name for item in job.failed),
         seconds=time.perf_counter() - start,
         calibration_seconds=job.calibration_seconds,
-        ratio=removed_shares(factor.spec for factor in job.factors.values()),
-        dense_bytes=sum(factor.spec.dense_bits for factor in job.factors.values()) // 8,
-        stored_bytes=sum(factor.spec.stored_bytes for factor in job.factors.values()),
+        ratio=removed_shares(specs.values()),
+        dense_bytes=sum(spec.dense_bits for spec in specs.values()) // 8,
+        stored_bytes=sum(spec.stored_bytes for spec in specs.values()),
         allocation=allocation,
         reconstruction=blocks,
         stages=stages.seconds,
         n_resumed=job.n_resumed,
     )
     write_output(source, job.factors, result, recipe, calibration, versions())
-    work.remove()
-    log.emit("done", seconds=round(result.seconds, 2), failed=list(result.failed))
     return result
+
+
+def _check_workers(workers: int | None, executor: str) -> None:
+    if executor not in get_args(ExecutorKind):
+        raise InputError(f"executor: expected local or ray, got {executor!r}")
+    if workers is None:
+        return
+    if (
+        isinstance(workers, bool)
+        or not isinstance(workers, int)
+        or not 0 <= workers <= MOST_WORKERS
+    ):
+        raise InputError(f"workers: expected 0 to {MOST_WORKERS}, got {workers!r}")
+    if executor == "ray" and workers < 1:
+        raise InputError("workers: expected at least 1 with ray, got 0")
+
+
+def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -> None:
+    if num_threads is None:
+        num_threads = recorded_threads(work_dir)
+    if num_threads is None and workers is not None and workers > 1:
+        num_threads = worker_threads(workers)
+    if num_threads is None:
+        return
+    if num_threads < 1:
+        raise InputError(f"threads: expected at least 1, got {num_threads}")
+    torch.set_num_threads(num_threads)
+
+
+def _executor(kind: ExecutorKind, workers: int | None, work: WorkDir, log: EventLog) -> Executor:
+    if kind == "ray":
+        from cospadi.pipeline.ray_executor import RayExecutor
+
+        return RayExecutor(work, log, workers)
+    if workers is None:
+        return InProcess(work, log)
+    return QueueExecutor(work, log, workers, most_bytes=queued_bytes(work.path))
 
 
 def stored_dtype(source: SourceModel) -> str | None:
@@ -337,7 +399,7 @@ def _run_settings(
         "weights": source.fingerprint,
         "calibration_ids": calibration.sha256 if calibration else None,
         "format_version": FORMAT_VERSION,
-        "cospadi": __version__,
+        **run_settings(),
         **recipe.to_mapping(),
     }
 

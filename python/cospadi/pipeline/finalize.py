@@ -9,11 +9,12 @@ from cospadi import __version__
 from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
 from cospadi.checkpoint.writer import RunRecord, write_checkpoint
-from cospadi.factor import STORAGE_DTYPES, SparseFactor
+from cospadi.factor import STORAGE_DTYPES
 from cospadi.model.layers import build_layers, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.report import REPORT_FILE, report_data, split_report
+from cospadi.pipeline.stored_factors import StoredFactors
 from cospadi.report.card import PAGE_FILE, model_card
 from cospadi.report.compression_page import compression_page
 
@@ -25,7 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 
 def write_output(
     source: SourceModel,
-    factors: dict[str, SparseFactor],
+    factors: StoredFactors,
     result: CompressResult,
     recipe: Recipe,
     calibration: CalibrationSet | None,
@@ -35,12 +36,12 @@ def write_output(
     planned = {module.name: module for module in result.plan.modules}
     leaders = {
         name: planned[name].leader
-        for name, factor in factors.items()
-        if not factor.spec.owns_dictionary
+        for name, spec in factors.specs.items()
+        if not spec.owns_dictionary
     }
     entries = {
-        name: ModuleEntry(factor.spec, planned[name].layer_type, leaders.get(name))
-        for name, factor in factors.items()
+        name: ModuleEntry(spec, planned[name].layer_type, leaders.get(name))
+        for name, spec in factors.specs.items()
     }
     data = CospadiConfigData(
         modules=entries,
@@ -50,7 +51,7 @@ def write_output(
     replace_modules(
         source.model,
         build_layers(
-            factors, leaders, layer_types={name: planned[name].layer_type for name in factors}
+            dict(factors), leaders, layer_types={name: planned[name].layer_type for name in factors}
         ),
     )
     everything = report_data(source, data, result, recipe, calibration, versions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,46 +11,25 @@ import torch
 from cospadi.calibration.correction import choose_shrinkage, sequential_target
 from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.sequential import SequentialInput, collect_sequential
-from cospadi.errors import FitError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor
-from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
+from cospadi.errors import InputError
+from cospadi.factor import STORAGE_DTYPES, FactorSpec
+from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
-from cospadi.learn.output_metric import OutputMetric
-from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
 from cospadi.model.discover import Skipped, TargetLinear, weight_of
 from cospadi.model.layers import CospadiLinear, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.events import EventLog
+from cospadi.pipeline.executor import Executor, Outcome
+from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
-from cospadi.pipeline.sensitivity import fisher_metrics
+from cospadi.pipeline.sensitivity import fisher_grams
+from cospadi.pipeline.stored_factors import StoredFactors
 from cospadi.pipeline.workdir import WorkDir
 
 HELD_BACK_SHARE = 8
 """One window in so many is held back to choose the shrinkage of sequential calibration."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Statistics:
-    """What a module's fit needs to know about its input.
-
-    Attributes
-    ----------
-    gram : torch.Tensor
-        ``[d_in, d_in]`` float64 activation Gram of the original model, for the reported error.
-    whitening : Whitening or WhiteningError
-        Metric of the fit, or why there is none.
-    target : torch.Tensor or None
-        ``[d_out, d_in]`` weight to approximate in place of the module's own (sequential calibration).
-    output : OutputMetric or None
-        Metric of the outputs.
-    """
-
-    gram: torch.Tensor
-    whitening: Whitening | WhiteningError
-    target: torch.Tensor | None = None
-    output: OutputMetric | None = None
 
 
 class Job:
@@ -59,8 +37,10 @@ class Job:
 
     Attributes
     ----------
-    factors, reports : dict
-        Finished modules by name; reports as plain data.
+    factors : StoredFactors
+        Finished modules by name; they lie in the work directory.
+    reports : dict
+        Of the finished modules, as plain data.
     failed : list of Skipped
         Modules that had to stay dense.
     calibration_seconds : float
@@ -77,6 +57,7 @@ class Job:
         fisher: FisherStore | None,
         work: WorkDir,
         log: EventLog,
+        executor: Executor,
     ) -> None:
         self.source = source
         self.targets = targets
@@ -87,7 +68,8 @@ class Job:
         self.log = log
         self.planned = {module.name: module for module in plan.modules}
         self.groups = plan.groups
-        self.factors: dict[str, SparseFactor] = {}
+        self.executor = executor
+        self.factors = StoredFactors(work, {name: m.leader for name, m in self.planned.items()})
         self.reports: dict[str, dict[str, Any]] = {}
         self.failed: list[Skipped] = []
         self.calibration_seconds = 0.0
@@ -112,31 +94,28 @@ class Job:
             self._run_sequential(self.grams)
         else:
             self._run_one_shot(pending, self.grams)
+        self.executor.drain()
+        # in the order of the model, whoever finished first: equal results are equal files
+        self.reports = {name: self.reports[name] for name in self.planned if name in self.reports}
+        order = {name: index for index, name in enumerate(self.planned)}
+        self.failed.sort(key=lambda item: order[item.name])
 
     def _resume(self) -> None:
         """Take the groups all of whose members are finished; one member alone has no dictionary."""
-        for leader, members in self.groups.items():
-            stored = {member.name: self.work.load(member.name) for member in members}
+        for members in self.groups.values():
+            stored = {member.name: self.work.entry(member.name) for member in members}
             found = {name: result for name, result in stored.items() if result is not None}
             if len(found) < len(members):
                 continue
-            owner = found[leader][0]
-            for name, (factor, report) in found.items():
-                if name != leader:
-                    factor = dataclasses.replace(
-                        factor,
-                        dictionary=owner.dictionary,
-                        dictionary_scale=owner.dictionary_scale,
-                    )
+            for name, (spec, report) in found.items():
                 self._resumed.add(name)
-                self._accept(name, factor, report)
+                self._accept(name, spec, report)
         if self._resumed:
             self.log.emit("resume", n_finished=len(self._resumed), n_modules=len(self.planned))
 
     def _run_without_text(self, pending: Sequence[TargetLinear]) -> None:
         for target in pending:
-            eye = torch.eye(target.d_in, dtype=torch.float64)
-            self._take(target.name, Statistics(eye, identity_whitening(target.d_in)))
+            self._take(target.name, Statistics(None, InputMetric(target.name, None)))
 
     def _run_one_shot(self, pending: Sequence[TargetLinear], grams: GramSource) -> None:
         uses_text = METHODS[self.recipe.method].uses_calibration
@@ -153,27 +132,24 @@ class Job:
             while items:
                 # let go of each Gram as soon as its modules are done
                 item = items.pop(next(iter(items)))
-                metric: Whitening | WhiteningError = identity_whitening(item.gram.shape[0])
-                if uses_text:
-                    metric = _whiten(item.gram, item.members[0])
+                metric = InputMetric(item.members[0], item.gram if uses_text else None)
                 for name in item.members:
-                    self._take(name, self._statistics(name, item.gram, item.gram, metric))
+                    self._take(name, self._statistics(name, item.gram, metric))
 
     def _statistics(
         self,
         name: str,
         gram: torch.Tensor,
-        fitted_gram: torch.Tensor,
-        whitening: Whitening | WhiteningError,
+        metric: InputMetric,
         target: torch.Tensor | None = None,
     ) -> Statistics:
-        """Statistics with what the gradients of the module's output say; the fit's metric is that of `fitted_gram`."""
+        """Statistics with what the gradients of the module's output say."""
         output = None
-        if self.fisher is not None and isinstance(whitening, Whitening):
-            whitening, output = fisher_metrics(
-                self.fisher, self.targets[name], fitted_gram, whitening
-            )
-        return Statistics(gram, whitening, target, output)
+        if self.fisher is not None and metric.gram is not None:
+            weighted, output = fisher_grams(self.fisher, self.targets[name], metric.gram)
+            if weighted is not None:
+                metric = InputMetric(name, metric.gram, weighted)
+        return Statistics(gram, metric, target, output)
 
     def _run_sequential(self, grams: GramSource) -> None:
         """Fit in the order of execution; what is finished runs in the compressed stream."""
@@ -195,6 +171,8 @@ class Job:
         for item in stream:
             for name, statistics in self._sequential_statistics(item).items():
                 self._take(name, statistics)
+            self.executor.drain()  # what comes next sees these
+            for name in item.members:
                 if name in self.factors:
                     model.set_submodule(name, self._layer(name))
         replace_modules(model, originals)
@@ -212,12 +190,11 @@ class Job:
                 shrinkage=shrinkage,
                 held_back_errors={str(key): value for key, value in choice.errors.items()},
             )
-        metric = _whiten(moments.gram, item.members[0])
+        metric = InputMetric(item.members[0], moments.gram)
         return {
             name: self._statistics(
                 name,
                 moments.original_gram,
-                moments.gram,
                 metric,
                 # one held-back window at least was asked for where nothing was given
                 sequential_target(
@@ -240,45 +217,37 @@ class Job:
         self._waiting[name] = statistics
         members = self.groups[self.planned[name].leader]
         if all(member.name in self._waiting for member in members):
-            self._fit(members, [self._waiting.pop(member.name) for member in members])
+            self._submit(members)
 
-    def _fit(self, members: Sequence[ModulePlan], statistics: Sequence[Statistics]) -> None:
-        leader = members[0]
-        try:
-            joint = _joint_metric(leader.name, statistics)
-            inputs = [
-                self._fit_input(member.name, item)
-                for member, item in zip(members, statistics, strict=True)
-            ]
-            results = fit(
-                inputs,
-                self._settings(leader),
-                joint=joint,
-                progress=lambda stats: self.log.progress(
-                    "iteration", module=leader.name, **dataclasses.asdict(stats)
-                ),
-            )
-        except (WhiteningError, FitError) as error:
-            self._keep_dense(members, str(error))
-            return
-        for member, (factor, report) in zip(members, results, strict=True):
-            data = _report_data(report)
-            self.work.store(member.name, factor, data)
-            self._accept(member.name, factor, data)
-
-    def _fit_input(self, name: str, statistics: Statistics) -> FitInput:
-        assert isinstance(statistics.whitening, Whitening)
-        weight, bias = self._weight(name)
-        return FitInput(
-            name,
-            weight,
-            bias,
-            statistics.gram,
-            statistics.whitening,
-            statistics.target,
-            output=statistics.output,
-            with_spectrum=name in self._with_spectrum,
+    def _submit(self, members: Sequence[ModulePlan]) -> None:
+        task = FitTask(
+            tuple(
+                TaskMember(
+                    member.name,
+                    *self._weight(member.name),
+                    self._waiting.pop(member.name),
+                    with_spectrum=member.name in self._with_spectrum,
+                )
+                for member in members
+            ),
+            self._settings(members[0]),
+            sum(member.cost for member in members),
         )
+        self.executor.submit(task, self._finish)
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Take the results of a task, or leave its modules dense: a failed matrix never loses the run."""
+        if outcome.failure is not None:
+            for name in outcome.names:
+                plan = self.planned[name]
+                self.failed.append(Skipped(name, (plan.d_out, plan.d_in), outcome.failure))
+                self.log.emit("failed", module=name, reason=outcome.failure, cost=plan.cost)
+            return
+        for name in outcome.names:
+            stored = self.work.entry(name)
+            if stored is None:
+                raise InputError(f"{self.work.path}: the result of {name} was changed or removed")
+            self._accept(name, *stored)
 
     def _settings(self, plan: ModulePlan) -> FitSettings:
         return FitSettings(
@@ -292,9 +261,9 @@ class Job:
             candidates=plan.candidates,
         )
 
-    def _accept(self, name: str, factor: SparseFactor, report: dict[str, Any]) -> None:
-        plan, spec = self.planned[name], factor.spec
-        self.factors[name] = factor
+    def _accept(self, name: str, spec: FactorSpec, report: dict[str, Any]) -> None:
+        plan = self.planned[name]
+        self.factors.add(name, spec)
         self.reports[name] = report
         self.log.emit(
             "module",
@@ -312,41 +281,9 @@ class Job:
             **{key: value for key, value in report.items() if key != "spectrum"},
         )
 
-    def _keep_dense(self, members: Sequence[ModulePlan], reason: str) -> None:
-        """A failed matrix never loses the run: its group stays dense, is reported, and the result is partial."""
-        reason = reason.removeprefix(f"{members[0].name}: ")
-        for plan in members:
-            self.failed.append(Skipped(plan.name, (plan.d_out, plan.d_in), reason))
-            self.log.emit("failed", module=plan.name, reason=reason, cost=plan.cost)
-
-
-def _whiten(gram: torch.Tensor, name: str) -> Whitening | WhiteningError:
-    try:
-        return whiten_gram(gram, name)
-    except WhiteningError as error:
-        return error
-
-
-def _joint_metric(name: str, statistics: Sequence[Statistics]) -> Whitening:
-    """Metric of the members' mean Gram; of a single one its own."""
-    for item in statistics:
-        if isinstance(item.whitening, WhiteningError):
-            raise item.whitening
-    first = statistics[0].whitening
-    assert isinstance(first, Whitening)
-    if len(statistics) == 1 or first.kind == "identity":
-        return first
-    return whiten_gram(torch.stack([item.gram for item in statistics]).mean(0), name)
-
 
 def _middle_block(targets: Mapping[str, TargetLinear]) -> frozenset[str]:
     """Modules whose spectrum the report keeps: one decoder block, or all where there are no blocks."""
     blocks = {target.block for target in targets.values() if target.block is not None}
     middle = sorted(blocks)[len(blocks) // 2] if blocks else None
     return frozenset(name for name, target in targets.items() if target.block == middle)
-
-
-def _report_data(report: FitReport) -> dict[str, Any]:
-    # JSON turns tuples into lists; do it here so that a resumed run holds equal data
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(report)))
-    return plain

@@ -68,13 +68,22 @@ def fisher_metrics(
     (Whitening, OutputMetric or None)
         The first is that of the activation Gram, except where a few tokens carry the gradient: there they weigh more.
     """
-    output = output_metric(fisher.load(target), target.name)
-    weighted = fisher.load_weighted_gram(target)
-    if output is None or weighted is None:
+    mixed, output = fisher_grams(fisher, target, gram)
+    if mixed is None:
         return whitening, output
-    share = float(gram.diagonal().mean() / weighted.diagonal().mean())
-    mixed = PLAIN_SHARE * gram + (1.0 - PLAIN_SHARE) * share * weighted
     try:
         return whiten_gram(mixed, target.name), output
     except WhiteningError:
         return whitening, output
+
+
+def fisher_grams(
+    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor
+) -> tuple[torch.Tensor | None, OutputMetric | None]:
+    """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient, and the output metric."""
+    output = output_metric(fisher.load(target), target.name)
+    weighted = fisher.load_weighted_gram(target)
+    if output is None or weighted is None:
+        return None, output
+    share = float(gram.diagonal().mean() / weighted.diagonal().mean())
+    return PLAIN_SHARE * gram + (1.0 - PLAIN_SHARE) * share * weighted, output

@@ -1,0 +1,250 @@
+"""Where fits run: in this process, or by workers that take them from a queue."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from cospadi.errors import CospadiError, InputError
+from cospadi.learn.learner import IterationStats
+from cospadi.pipeline.events import EventLog
+from cospadi.pipeline.fit_task import FIT_ERRORS, FitTask, failure_reason, run_task
+from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
+from cospadi.pipeline.workdir import WorkDir, process_name, report_data
+from cospadi.pipeline.worker import POLL_S
+
+MOST_QUEUED_BYTES = 16 << 30
+"""Tasks on disk at a time; more wait until some are finished."""
+_MOST_IDLE_DEATHS = 3
+"""Local workers that may end one after another without having begun anything."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: its results are in the work directory, or why its modules stay dense."""
+
+    names: tuple[str, ...]
+    failure: str | None = None
+
+
+Done = Callable[[Outcome], None]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A task in the queue."""
+
+    names: tuple[str, ...]
+    n_bytes: int
+    done: Done
+
+
+class Executor(Protocol):
+    """Runs tasks in any order; every task ends in one call of ``done``, made by `submit` or `drain`."""
+
+    def submit(self, task: FitTask, done: Done) -> None:
+        """Take a task, now or when there is room."""
+
+    def drain(self) -> None:
+        """Wait for all tasks."""
+
+    def close(self) -> None:
+        """Let go of workers and files."""
+
+
+class InProcess:
+    """Fits at once, in this process."""
+
+    def __init__(self, work: WorkDir, log: EventLog) -> None:
+        self._work = work
+        self._log = log
+
+    def submit(self, task: FitTask, done: Done) -> None:
+        """Fit a task and commit its results.
+
+        Raises
+        ------
+        InputError
+            A result cannot be written.
+        """
+
+        def progress(stats: IterationStats) -> None:
+            self._log.progress("iteration", module=task.name, **vars(stats))
+
+        try:
+            results = run_task(task, progress)
+        except FIT_ERRORS as error:
+            done(Outcome(task.names, failure_reason(error, task.name)))
+            return
+        for name, (factor, report) in zip(task.names, results, strict=True):
+            self._work.store(name, factor, report_data(report))
+        done(Outcome(task.names))
+
+    def drain(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class QueueExecutor:
+    """Offers tasks to workers: processes of its own, and any that join with ``cospadi worker``.
+
+    Parameters
+    ----------
+    work : WorkDir
+        Where queue and results are.
+    log : EventLog
+        Hears of lost workers.
+    n_workers : int
+        Own processes; with 0 all workers come from elsewhere.
+    lease_s, beat_s : float
+        See `cospadi.pipeline.queue`.
+    most_bytes : int
+        Bound on the tasks on disk.
+
+    Notes
+    -----
+    Own workers are told the threads of this process; they end with it.
+    """
+
+    def __init__(
+        self,
+        work: WorkDir,
+        log: EventLog,
+        n_workers: int,
+        *,
+        lease_s: float = LEASE_S,
+        beat_s: float = BEAT_S,
+        most_bytes: int = MOST_QUEUED_BYTES,
+    ) -> None:
+        self._work = work
+        self._log = log
+        self._lease_s = lease_s
+        self._beat_s = beat_s
+        self._most_bytes = most_bytes
+        self._pending: dict[str, _Pending] = {}
+        self._idle_deaths = 0
+        self.queue = Queue(work.path, lease_s=lease_s)
+        try:
+            self.queue.start()
+        except OSError as error:
+            raise InputError(
+                f"{self.queue.path}: cannot be made: {error.strerror or error}"
+            ) from None
+        self._heartbeat = Heartbeat(self.queue, COORDINATOR, beat_s)
+        self._heartbeat.__enter__()
+        self._output = work.path / "workers.log"
+        self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        for _ in range(n_workers):
+            self._start_worker()
+
+    def submit(self, task: FitTask, done: Done) -> None:
+        """Offer a task; waits while too many bytes are queued.
+
+        Raises
+        ------
+        InputError
+            The task cannot be written.
+        """
+        while self._pending and sum(p.n_bytes for p in self._pending.values()) > self._most_bytes:
+            self._wait()
+        n_bytes = self.queue.publish(task, self._work.fingerprint)
+        self._pending[task.name] = _Pending(task.names, n_bytes, done)
+        self._collect()
+
+    def drain(self) -> None:
+        """Wait for all tasks."""
+        while self._pending:
+            self._wait()
+
+    def close(self) -> None:
+        """End the workers and remove the queue."""
+        self._heartbeat.__exit__(None, None, None)
+        self.queue.remove()
+        for process in self._workers.values():
+            process.terminate()
+        for process in self._workers.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        with suppress(OSError):
+            self._output.unlink()
+
+    def _wait(self) -> None:
+        if not self._collect():
+            self._watch()
+            time.sleep(POLL_S)
+
+    def _collect(self) -> bool:
+        """Hand on what is finished; tell whether anything was."""
+        found = False
+        for name, pending in list(self._pending.items()):
+            failure = None
+            if not all(self._work.has(member) for member in pending.names):
+                failure = self.queue.failure(name)
+                if failure is None:
+                    continue
+            self.queue.withdraw(name)
+            del self._pending[name]
+            found = True
+            pending.done(Outcome(pending.names, failure))
+        return found
+
+    def _watch(self) -> None:
+        """Replace own workers that ended."""
+        for name, process in list(self._workers.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._workers[name]
+            self.queue.mark_dead(name)
+            began = any(a.worker == name for a in self.queue.attempts().values())
+            self._idle_deaths = 0 if began else self._idle_deaths + 1
+            self._log.emit("worker_lost", worker=name, code=code)
+            if self._idle_deaths >= _MOST_IDLE_DEATHS:
+                raise CospadiError(
+                    f"workers end before they begin anything (code {code}): {self._last_words()}"
+                )
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        name = process_name()
+        command = [sys.executable, "-m", "cospadi", "worker", str(self._work.path)]
+        command += ["--name", name, "--parent", str(os.getpid())]
+        command += ["--lease", str(self._lease_s), "--beat", str(self._beat_s)]
+        threads = str(torch.get_num_threads())
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        with self._output.open("ab") as sink:
+            self._workers[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment
+            )
+
+    def _last_words(self) -> str:
+        try:
+            lines = self._output.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else "they said nothing"
+
+
+def worker_threads(n_workers: int) -> int:
+    """Threads of each of so many processes on this machine's cores."""
+    return max(1, torch.get_num_threads() // max(1, n_workers))
+
+
+def queued_bytes(folder: Path) -> int:
+    """Bound on queued tasks for a disk: a quarter of what is free, at most `MOST_QUEUED_BYTES`."""
+    state = os.statvfs(folder)
+    return min(MOST_QUEUED_BYTES, state.f_bavail * state.f_frsize // 4)

@@ -1,0 +1,180 @@
+"""One fit as a unit of work: everything it needs and nothing else, so that any process may run it with equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from cospadi.errors import CospadiError
+from cospadi.factor import SparseFactor
+from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
+from cospadi.learn.learner import IterationStats
+from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
+
+# torch's own allocations; matrix products of other alignments may give other bits
+_ALIGNMENT = 64
+
+FIT_ERRORS = (CospadiError, RuntimeError, ValueError, ArithmeticError)
+"""What numbers that no fit can take end in. They come again in every attempt: the matrix stays dense."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputMetric:
+    """Metric of a fit's inputs, whitened once for all that share it.
+
+    Attributes
+    ----------
+    name : str
+        Module that receives the input first, for messages.
+    gram : torch.Tensor or None
+        ``[d_in, d_in]`` float64; None: every direction counts alike.
+    weighted : torch.Tensor or None
+        Gram that is used in place of it where it can be whitened (the few tokens that carry the gradient weigh more).
+    """
+
+    name: str
+    gram: torch.Tensor | None
+    weighted: torch.Tensor | None = None
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        """The metric's factor.
+
+        Raises
+        ------
+        WhiteningError, InputError
+            There is none.
+        """
+        assert self.gram is not None
+        plain = whiten_gram(self.gram, self.name)
+        if self.weighted is None:
+            return plain
+        try:
+            return whiten_gram(self.weighted, self.name)
+        except WhiteningError:
+            return plain
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a module's fit needs to know about its input.
+
+    Attributes
+    ----------
+    gram : torch.Tensor or None
+        ``[d_in, d_in]`` float64 activation Gram of the original model, for the reported error; None: the identity.
+    metric : InputMetric
+        Metric of the fit.
+    target : torch.Tensor or None
+        ``[d_out, d_in]`` weight to approximate in place of the module's own (sequential calibration).
+    output : OutputMetric or None
+        Metric of the outputs.
+    """
+
+    gram: torch.Tensor | None
+    metric: InputMetric
+    target: torch.Tensor | None = None
+    output: OutputMetric | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TaskMember:
+    """One weight of a task: ``weight [d_out, d_in]`` float32, ``bias [d_out]`` or None."""
+
+    name: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    statistics: Statistics
+    with_spectrum: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Features of the input."""
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class FitTask:
+    """Modules that are fitted together: one, or those that share a dictionary, its owner first.
+
+    Attributes
+    ----------
+    cost : float
+        Work estimate; the largest tasks are begun first.
+    """
+
+    members: tuple[TaskMember, ...]
+    settings: FitSettings
+    cost: float
+
+    @property
+    def name(self) -> str:
+        """Name of the first member."""
+        return self.members[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all members."""
+        return tuple(member.name for member in self.members)
+
+
+def run_task(
+    task: FitTask, progress: Callable[[IterationStats], None] | None = None
+) -> list[tuple[SparseFactor, FitReport]]:
+    """Fit the members of a task.
+
+    Returns
+    -------
+    list of (SparseFactor, FitReport)
+        In the order of the members. Equal bits in every process with the same threads, instruction set and versions.
+
+    Raises
+    ------
+    FIT_ERRORS
+        The members must stay dense; the message says why.
+    """
+    inputs = []
+    for member in task.members:
+        statistics = member.statistics
+        metric = statistics.metric
+        whitening = identity_whitening(member.d_in) if metric.gram is None else metric.whitening
+        gram = statistics.gram
+        inputs.append(
+            FitInput(
+                member.name,
+                aligned(member.weight),
+                member.bias,
+                torch.eye(member.d_in, dtype=torch.float64) if gram is None else aligned(gram),
+                whitening,
+                None if statistics.target is None else aligned(statistics.target),
+                output=statistics.output,
+                with_spectrum=member.with_spectrum,
+            )
+        )
+    joint = _joint_metric(task.name, inputs)
+    return fit(inputs, task.settings, joint=joint, progress=progress)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, at an address that torch itself would have chosen."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def failure_reason(error: Exception, name: str) -> str:
+    """One line on why the modules of a task stay dense."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, CospadiError):
+        text = f"{type(error).__name__}: {text}"
+    return text.removeprefix(f"{name}: ")[:1000]
+
+
+def _joint_metric(name: str, inputs: Sequence[FitInput]) -> Whitening:
+    """Metric of the members' mean Gram; of a single one its own."""
+    first = inputs[0].whitening
+    if len(inputs) == 1 or first.kind == "identity":
+        return first
+    return whiten_gram(torch.stack([item.gram for item in inputs]).mean(0), name)

@@ -1,0 +1,141 @@
+"""Fits on a Ray cluster. Ray carries the name of a task and a line of text back; all else goes through files."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cospadi.errors import InputError
+from cospadi.pipeline.events import EventLog
+from cospadi.pipeline.executor import Done, Outcome, queued_bytes
+from cospadi.pipeline.fit_task import FIT_ERRORS, FitTask, failure_reason
+from cospadi.pipeline.queue import MOST_ATTEMPTS, Queue
+from cospadi.pipeline.workdir import ResultStore, WorkDir
+from cospadi.pipeline.worker import POLL_S, check_run, store_task
+
+
+class RayExecutor:
+    """Runs tasks on the cluster that Ray finds (``RAY_ADDRESS``, or one on this machine), or on one made here.
+
+    Parameters
+    ----------
+    work : WorkDir
+        On a file system that every node sees.
+    log : EventLog
+        Hears how many processors there are.
+    n_workers : int, optional
+        Bound on the fits at a time; None: as many as the cluster's processors allow.
+
+    Raises
+    ------
+    InputError
+        Ray is not installed.
+    """
+
+    def __init__(self, work: WorkDir, log: EventLog, n_workers: int | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise InputError("executor ray: needs Ray: pip install 'cospadi[ray]'") from None
+        self._ray = ray
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        self._work = work
+        self._log = log
+        self._n_workers = n_workers
+        self._most_bytes = queued_bytes(work.path)
+        self._n_bytes: dict[str, int] = {}
+        self._pending: dict[Any, tuple[tuple[str, ...], Done]] = {}
+        self._waiting: list[tuple[float, str, tuple[str, ...], Done]] = []
+        self.queue = Queue(work.path)
+        self.queue.start()
+        self._remote = ray.remote(fit_task_file).options(
+            num_cpus=torch.get_num_threads(),
+            max_retries=MOST_ATTEMPTS,
+            retry_exceptions=[OSError, MemoryError],
+        )
+        log.emit("ray", resources=dict(ray.cluster_resources()))
+
+    def submit(self, task: FitTask, done: Done) -> None:
+        """Offer a task; waits while too many bytes are queued."""
+        while self._n_bytes and sum(self._n_bytes.values()) > self._most_bytes:
+            self._wait()
+        self._n_bytes[task.name] = self.queue.publish(task, self._work.fingerprint)
+        self._waiting.append((task.cost, task.name, task.names, done))
+        self._collect(0.0)
+
+    def drain(self) -> None:
+        """Wait for all tasks."""
+        while self._pending or self._waiting:
+            self._wait()
+
+    def close(self) -> None:
+        """Cancel what runs, and leave the cluster."""
+        for reference in self._pending:
+            self._ray.cancel(reference, force=True)
+        self.queue.remove()
+        if self._is_ours:
+            self._ray.shutdown()
+
+    def _wait(self) -> None:
+        self._collect(POLL_S)
+
+    def _start(self) -> None:
+        """Hand the largest tasks to Ray, no more at a time than asked for."""
+        self._waiting.sort(key=lambda item: (-item[0], item[1]))
+        while self._waiting and (self._n_workers is None or len(self._pending) < self._n_workers):
+            _, name, names, done = self._waiting.pop(0)
+            reference = self._remote.remote(str(self._work.path.absolute()), name)
+            self._pending[reference] = (names, done)
+
+    def _collect(self, seconds: float) -> None:
+        self._start()
+        if not self._pending:
+            time.sleep(seconds)
+            return
+        ready, _ = self._ray.wait(
+            list(self._pending), num_returns=len(self._pending), timeout=seconds
+        )
+        for reference in ready:
+            names, done = self._pending.pop(reference)
+            try:
+                failure = self._ray.get(reference)
+            except (
+                Exception
+            ) as error:  # of Ray's many kinds: a worker that died too often, a lost node
+                failure = f"Ray gave up: {failure_reason(error, names[0])}"
+            if failure is None and not all(self._work.has(name) for name in names):
+                failure = (
+                    f"its result is not in {self._work.path}: do all nodes see this directory?"
+                )
+            self.queue.withdraw(names[0])
+            self._n_bytes.pop(names[0], None)
+            done(Outcome(names, failure))
+        self._start()
+
+
+def fit_task_file(directory: str, name: str) -> str | None:
+    """Fit one task of a work directory, on whatever node this is.
+
+    Returns
+    -------
+    str or None
+        Why the task's modules stay dense; None where the results are in the directory.
+    """
+    # set by Ray to what it reserved; the run's own number decides the bits
+    os.environ.pop("OMP_NUM_THREADS", None)
+    path = Path(directory)
+    try:
+        store = ResultStore(path, check_run(path))
+        task = Queue(path).read(name)
+        if all(store.has(member) for member in task.names):
+            return None
+        store_task(store, task)
+    except FIT_ERRORS as error:
+        return failure_reason(error, name)
+    return None

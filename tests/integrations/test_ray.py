@@ -1,0 +1,63 @@
+"""A Ray cluster of two nodes, one of which is killed in the middle of the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from cospadi.checkpoint.manifest import MANIFEST_FILE
+from cospadi.pipeline.compress import compress
+
+pytest.importorskip("ray", reason="needs the extra: pip install 'cospadi[ray]'")
+
+FAST = {
+    "ratio": 0.3,
+    "samples": 8,
+    "sequence_length": 64,
+    "num_threads": 1,
+    "dictionary": "learned",
+    "iterations": 30,
+    "tolerance": 0.0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_node_killed_in_the_middle_changes_nothing(tiny_model_dir, tiny_text, tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    source, settings = tiny_model_dir("llama"), {**FAST, "calibration": str(tiny_text)}
+    compress(source, tmp_path / "one", **settings)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    finished = []
+
+    def kill():
+        while len(finished) < 2:
+            time.sleep(0.02)
+        cluster.remove_node(second, allow_graceful=False)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    try:
+        result = compress(
+            source,
+            tmp_path / "two",
+            executor="ray",
+            listener=lambda e: finished.append(e) if e["event"] == "module" else None,
+            **settings,
+        )
+        killer.join(timeout=60)
+        assert len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert result.failed == ()
+    assert (tmp_path / "two" / MANIFEST_FILE).read_bytes() == (
+        tmp_path / "one" / MANIFEST_FILE
+    ).read_bytes()
