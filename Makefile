@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One torch for everything; installed first, so that no resolver brings another one in.
 TORCH := torch==2.13.0
 WHEEL := ls dist/cospadi-*.whl
-SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' -o -name '*.in' -o -name '*.map' \)) CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' -o -name '*.in' -o -name '*.map' \)) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test lint tidy format dev cpp-test bench clean
 
@@ -55,7 +55,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check python tests bench
 	$(BIN)/ruff format --check python tests bench
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 # Slow. clang brings no omp.h of its own: it reads the compiler's.
 tidy: $(TOOLS)
@@ -68,7 +68,7 @@ tidy: $(TOOLS)
 format: $(TOOLS)
 	$(BIN)/ruff check --fix python tests bench
 	$(BIN)/ruff format python tests bench
-	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf build dist _demo $(VENV)
