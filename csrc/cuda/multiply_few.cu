@@ -449,10 +449,8 @@ int multiply_some(const RowsOperand& z,
   constexpr struct {
     int rows;
     ZPlace place;
-  } kWays[] = {{4, ZPlace::kShared},
-               {2, ZPlace::kRegisters},
-               {1, ZPlace::kRegisters},
-               {1, ZPlace::kShared}};
+  } kWays[] = {
+      {4, ZPlace::kShared}, {2, ZPlace::kRegisters}, {1, ZPlace::kRegisters}, {1, ZPlace::kShared}};
   for (const auto& way : kWays) {
     if (way.rows / 2 >= z.rows) continue;  // the next one takes them all
     FewPlan plan;
