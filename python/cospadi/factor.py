@@ -611,7 +611,9 @@ class SparseFactor:
         # coefficients.
         return code.masked_scatter_(used, coeffs)
 
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dense_weight(
+        self, dtype: torch.dtype = torch.float32, *, device: torch.device | None = None
+    ) -> torch.Tensor:
         """Multiply the factor out.
 
         Parameters
@@ -619,6 +621,8 @@ class SparseFactor:
         dtype : torch.dtype
             Type of the result; the product is computed in float32, or in float64 where that is
             asked for.
+        device : torch.device, optional
+            Where the product runs and the result lies; that of the factor by default.
 
         Returns
         -------
@@ -626,12 +630,13 @@ class SparseFactor:
             The weight [d_out, d_in], without the bias.
         """
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        code = self.dense_code(compute)
+        device = self.coeffs.device if device is None else device
+        code = self.dense_code(compute).to(device)
         identity, learned = code[:, : self.n_identity], code[:, self.n_identity :]
         dictionary = self.float_dictionary(compute)
         if dictionary is None:
             return identity.to(dtype)
-        weight = learned @ dictionary.t()
+        weight = learned @ dictionary.to(device).t()
         return (weight + identity if self.n_identity else weight).to(dtype)
 
     def to(self, dtype: torch.dtype) -> SparseFactor:

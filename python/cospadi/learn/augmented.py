@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cospadi.learn.deferred import DeferredChecks
 from cospadi.learn.group import GroupFit, relative_group_error, unit_columns
 from cospadi.learn.init import signal_svd
 from cospadi.learn.learner import IterationStats
@@ -87,11 +88,12 @@ def fit_augmented(
         whole = tuple(full_identity(member.weight) for member in members)
         return GroupFit(whole, tuple(members), (), (0.0,))
     dictionary = _leading_atoms(members, joint, n_atoms)
-    splits = [Split(member, dictionary) for member in members]
+    checks = DeferredChecks()
+    splits = [Split(member, dictionary, checks, options.products) for member in members]
     penalty, resting = options.first_penalty, 0
     for _ in range(MAX_STEPS):
         moved = [split.step(penalty, sparsity) for split in splits]
-        resting = 0 if any(moved) else resting + 1
+        resting = 0 if any(checks.settle(moved)) else resting + 1
         if resting == REST:
             break
         penalty *= options.penalty_growth
@@ -103,6 +105,7 @@ def fit_augmented(
             splits[0].update_dictionary()
         elif n_atoms:
             _update(members, splits)
+    checks.settle()
     coded = time.perf_counter()
     coding_error = relative_group_error(members, [split.factor() for split in splits])
     if n_atoms:
@@ -143,7 +146,7 @@ def _update(members: Sequence[Member], splits: Sequence[Split]) -> None:
 def _leading_atoms(members: Sequence[Member], joint: Whitening, n_atoms: int) -> torch.Tensor:
     """``[d_in, K]`` leading directions of the weights in the joint metric."""
     if n_atoms == 0:
-        return torch.zeros((members[0].weight.shape[1], 0), dtype=torch.float64)
+        return members[0].weight.new_zeros((members[0].weight.shape[1], 0), dtype=torch.float64)
     signals = torch.cat([m.weigh_outputs(joint.whiten(m.weight)) for m in members])
     columns = joint.unwhiten_atoms(signal_svd(signals).right[:n_atoms])
     return columns / columns.norm(dim=0)

@@ -60,12 +60,33 @@ def round_with_feedback(
     Returns
     -------
     torch.Tensor
-        ``[n, s]`` int32.
+        ``[n, s]`` int32, on the device of ``gram``; the rounding itself runs on the CPU.
     """
-    if output is None:
+    feedback = None if output is None else output.feedback
+    if gram.is_cpu:
+        return _round(gram, feedback, indices, coeffs, steps, limit, group)
+    # one integer depends on the last: that is work for the processor, wherever the numbers lie
+    if feedback is not None:
+        feedback = (feedback[0].cpu(), feedback[1].cpu())
+    support = None if indices is None else indices.cpu()
+    fields = _round(gram.cpu(), feedback, support, coeffs.cpu(), steps.cpu(), limit, group)
+    return fields.to(gram.device)
+
+
+def _round(
+    gram: torch.Tensor,
+    feedback: tuple[torch.Tensor, torch.Tensor] | None,
+    indices: torch.Tensor | None,
+    coeffs: torch.Tensor,
+    steps: torch.Tensor,
+    limit: int,
+    group: int,
+) -> torch.Tensor:
+    """`round_with_feedback` on the CPU; ``feedback`` is `OutputMetric.feedback`."""
+    if feedback is None:
         return native.round_code(gram, indices, coeffs, steps, limit, group=group).fields
     n, sparsity = coeffs.shape
-    order, upper = output.feedback
+    order, upper = feedback
     targets = _dense(indices, coeffs, gram.shape[0])[order]
     fields = torch.empty((n, sparsity), dtype=torch.int32)
     for first in range(0, n, BLOCK):

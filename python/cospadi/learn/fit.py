@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -157,7 +158,7 @@ def fit(
     Parameters
     ----------
     inputs : sequence of FitInput
-        Equal ``d_in``; more than one only for a method that can share.
+        Equal ``d_in``; more than one only for a method that can share. All tensors on one device, where the fit runs.
     settings : FitSettings
         Method, sizes and storage types.
     joint : Whitening, optional
@@ -170,7 +171,7 @@ def fit(
     Returns
     -------
     list of (SparseFactor, FitReport)
-        In the order of `inputs`. The first factor owns the dictionary that all of them hold.
+        In the order of `inputs`; factors lie on the CPU. The first one owns the dictionary that all of them hold.
 
     Raises
     ------
@@ -268,7 +269,7 @@ def _fit_baseline(
 def _store(
     inputs: Sequence[FitInput], rounded: Sequence[RoundedFactor], settings: FitSettings
 ) -> list[SparseFactor]:
-    dictionary, scale = _stored_dictionary(rounded[0].dictionary)
+    dictionary, scale = (_on_cpu(part) for part in _stored_dictionary(rounded[0].dictionary))
     factors = []
     for index, (item, factor) in enumerate(zip(inputs, rounded, strict=True)):
         coeffs: QuantisedCoeffs = factor.coeffs
@@ -278,18 +279,30 @@ def _store(
         factors.append(
             SparseFactor.from_indices(
                 dictionary,
-                None if is_full else factor.indices,
-                values if packed else values.to(STORAGE_DTYPES[coeffs.dtype]).contiguous(),
-                None if item.bias is None else item.bias.to(settings.bias_dtype),
+                None if is_full else factor.indices.cpu(),
+                _on_cpu(values if packed else values.to(STORAGE_DTYPES[coeffs.dtype]).contiguous()),
+                None if item.bias is None else item.bias.to("cpu", settings.bias_dtype),
                 n_identity=factor.n_identity,
                 packed_dtype=coeffs.dtype if packed else None,
-                coeffs_scale=coeffs.scale,
+                coeffs_scale=_on_cpu(coeffs.scale),
                 coeffs_group=coeffs.group,
                 dictionary_scale=scale,
                 owns_dictionary=index == 0 or dictionary is None,
             )
         )
     return factors
+
+
+@overload
+def _on_cpu(part: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def _on_cpu(part: None) -> None: ...
+
+
+def _on_cpu(part: torch.Tensor | None) -> torch.Tensor | None:
+    return None if part is None else part.cpu()
 
 
 def _stored_dictionary(
@@ -309,7 +322,7 @@ def _report(
     history: tuple[IterationStats, ...],
     group_errors: tuple[float, ...],
 ) -> FitReport:
-    approximation = factor.dense_weight(torch.float64)
+    approximation = factor.dense_weight(torch.float64, device=item.weight.device)
     if not bool(torch.isfinite(approximation).all()):
         raise FitError(f"{item.name}: the fitted factor is not finite as stored")
     error = relative_error(item.gram, item.weight, approximation)
@@ -338,4 +351,4 @@ def _sampled(curve: torch.Tensor) -> list[float]:
     """Evenly spaced points of a curve, both ends among them."""
     count = min(SPECTRUM_POINTS, curve.numel())
     positions = torch.linspace(0, curve.numel() - 1, count).round().long()
-    return [float(value) for value in curve[positions]]
+    return [float(value) for value in curve.cpu()[positions]]

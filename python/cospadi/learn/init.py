@@ -115,16 +115,17 @@ def initial_atoms(signals: torch.Tensor, n_atoms: int, init: Init, seed: int) ->
     elif init == "columns":
         atoms = _columns(signals, n_atoms, generator)
     else:
-        atoms = _gaussian(n_atoms, signals.shape[1], generator)
+        atoms = _gaussian(n_atoms, signals.shape[1], generator).to(signals.device)
     return _normalise(atoms, generator).to(signals.dtype).contiguous()
 
 
 def _columns(signals: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     order = torch.randperm(signals.shape[0], generator=generator)
-    chosen = signals[order[:count]].double()
+    chosen = signals[order[:count].to(signals.device)].double()
     missing = count - chosen.shape[0]
     if missing > 0:
-        chosen = torch.cat([chosen, _gaussian(missing, signals.shape[1], generator)])
+        fill = _gaussian(missing, signals.shape[1], generator)
+        chosen = torch.cat([chosen, fill.to(chosen.device)])
     return chosen
 
 
@@ -138,6 +139,7 @@ def _normalise(atoms: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if bool(zero.any()):
         # an output that is zero everywhere cannot be an atom
         atoms = atoms.clone()
-        atoms[zero] = _gaussian(int(zero.sum()), atoms.shape[1], generator)
+        fill = _gaussian(int(zero.sum()), atoms.shape[1], generator)
+        atoms[zero] = fill.to(atoms.device)
         norms = atoms.norm(dim=1)
     return atoms / norms[:, None]

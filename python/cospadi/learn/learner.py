@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cospadi import native
+from cospadi.learn.block_update import update_atoms_in_blocks
 from cospadi.learn.coding import Code, encode
 from cospadi.learn.init import initial_atoms
 from cospadi.learn.mod import least_squares_dictionary
@@ -161,17 +162,29 @@ def _update(
 ) -> UpdateStats:
     if options.update == "mod":
         return update_by_least_squares(atoms, signals, code, unused=options.unused)
-    stats = native.update_atoms(
-        atoms,
-        signals,
-        code.indices,
-        code.coeffs,
-        power_iterations=options.power_iterations,
-        block_size=options.block_size,
-        sweeps=options.sweeps,
-        unused=options.unused,
-        num_threads=num_threads,
-    )
+    if atoms.is_cpu:
+        stats = native.update_atoms(
+            atoms,
+            signals,
+            code.indices,
+            code.coeffs,
+            power_iterations=options.power_iterations,
+            block_size=options.block_size,
+            sweeps=options.sweeps,
+            unused=options.unused,
+            num_threads=num_threads,
+        )
+    else:
+        stats = update_atoms_in_blocks(
+            atoms,
+            signals,
+            code.indices,
+            code.coeffs,
+            power_iterations=options.power_iterations,
+            block_size=options.block_size,
+            sweeps=options.sweeps,
+            unused=options.unused,
+        )
     return UpdateStats(
         stats.objective_before, stats.objective_after, stats.n_unused, stats.n_reseeded
     )

@@ -54,6 +54,7 @@ def least_squares_dictionary(
     return present + torch.cholesky_solve(gradient, lower)
 
 
-def relative_ridge(gram: torch.Tensor, ridge: float) -> float:
-    """``ridge`` times the mean diagonal of ``gram``; ``ridge`` itself for a zero one."""
-    return ridge * (float(gram.diagonal().mean()) or 1.0)
+def relative_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """``ridge`` times the mean diagonal of ``gram`` (float64), 0-d; ``ridge`` itself for a zero one."""
+    mean = gram.diagonal().mean()
+    return ridge * torch.where(mean == 0, torch.ones_like(mean), mean)

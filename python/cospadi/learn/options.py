@@ -7,6 +7,7 @@ from typing import Literal
 
 from cospadi.errors import InputError
 from cospadi.learn.coding import SOLVERS, Solver
+from cospadi.learn.precision import PRODUCTS, Products
 
 Init = Literal["svd", "columns", "random"]
 Unused = Literal["skip", "reseed"]
@@ -51,6 +52,9 @@ class LearnOptions:
         step. Slower is better and takes longer.
     seed : int
         Of the random inits.
+    products : {"float32", "tf32"}
+        On a CUDA device, of the largest product in a step of the rise of augmented dictionaries. A run's choice and no
+        setting of recipes.
     """
 
     solver: Solver = "auto"
@@ -66,6 +70,7 @@ class LearnOptions:
     first_penalty: float = 0.005
     penalty_growth: float = 1.2
     seed: int = 42
+    products: Products = "float32"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -73,6 +78,7 @@ class LearnOptions:
             ("init", INITS),
             ("update", UPDATES),
             ("unused", ("skip", "reseed")),
+            ("products", PRODUCTS),
         ):
             value = getattr(self, name)
             if value not in allowed:

@@ -130,7 +130,7 @@ def _unit_outputs(metric: torch.Tensor) -> UnitOutputs:
         values, vectors = torch.linalg.eigh(matrix)
     except RuntimeError as error:
         raise FitError(f"the eigendecomposition of an output metric failed: {error}") from error
-    levels = _levels(values)
+    levels = _levels(values.cpu())
     for value, rows in levels:
         values[rows] = value
     return UnitOutputs(weights.float(), matrix.float(), vectors.float(), values.float(), levels)

@@ -80,17 +80,17 @@ def dense_code(indices: torch.Tensor, coeffs: torch.Tensor, n_atoms: int) -> tor
     return coeffs.new_zeros((coeffs.shape[0], n_atoms)).scatter_(1, indices.long(), coeffs)
 
 
-def full_indices(d_out: int, n_atoms: int) -> torch.Tensor:
+def full_indices(d_out: int, n_atoms: int, device: torch.device | None = None) -> torch.Tensor:
     """``[d_out, n_atoms]`` int32 indices of full support (one row in memory)."""
-    return torch.arange(n_atoms, dtype=torch.int32).expand(d_out, n_atoms)
+    return torch.arange(n_atoms, dtype=torch.int32, device=device).expand(d_out, n_atoms)
 
 
 def full_identity(weight: torch.Tensor) -> FloatFactor:
     """``weight [d_out, d_in]`` itself as a factor: identity atoms with full support, no learned ones."""
     d_out, d_in = weight.shape
     return FloatFactor(
-        dictionary=torch.zeros((d_in, 0), dtype=torch.float64),
-        indices=full_indices(d_out, d_in),
+        dictionary=weight.new_zeros((d_in, 0), dtype=torch.float64),
+        indices=full_indices(d_out, d_in, weight.device),
         coeffs=weight,
         n_identity=d_in,
     )
@@ -102,7 +102,7 @@ def top_support(scores: torch.Tensor, sparsity: int) -> torch.Tensor:
     Parameters
     ----------
     scores : torch.Tensor
-        ``[n, A]`` on the CPU, non-negative and not NaN.
+        ``[n, A]`` non-negative and not NaN (checked on the CPU; see `cospadi.native.select_largest`).
     sparsity : int
         ``1 <= sparsity <= A``.
 

@@ -195,7 +195,8 @@ def balance_atoms(members: Sequence[Member], factors: Sequence[FloatFactor]) -> 
 def _positive(values: torch.Tensor) -> torch.Tensor:
     """Zeros (unused or zero atoms, whose scale does not matter) replaced by the smallest positive value, or one."""
     positive = values[values > 0]
-    return torch.where(values > 0, values, positive.min() if positive.numel() else 1.0)
+    smallest = positive.min() if positive.numel() else values.new_ones(())
+    return torch.where(values > 0, values, smallest)
 
 
 def _round_dictionary(

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
-from cospadi.errors import FitError
+from cospadi import native
 from cospadi.learn.coding import CodingProblem
 from cospadi.learn.coding.iterative import ridged_factor
 from cospadi.learn.coding.problem import support_mask
+from cospadi.learn.deferred import DeferredChecks
 from cospadi.learn.member import Member
 from cospadi.learn.mod import RELATIVE_RIDGE, relative_ridge
+from cospadi.learn.precision import Products, products_in
 from cospadi.learn.refit import solve_on_support, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor, top_support
 
@@ -45,6 +47,10 @@ class Split:
         Weight and metrics.
     dictionary : torch.Tensor
         ``[d_in, K]`` learned atoms to start from, K >= 0.
+    checks : DeferredChecks, optional
+        Receives the factorisations' results, which the caller looks at.
+    products : {"float32", "tf32"}
+        Of the product with the inverse, on a CUDA device.
 
     Attributes
     ----------
@@ -52,12 +58,20 @@ class Split:
         ``[d_out, d_in + K]`` float32; dense before the first step.
     dual : torch.Tensor
         Scaled multipliers, same shape.
-    indices, mask : torch.Tensor
-        Support of `sparse`.
+    indices : torch.Tensor
+        Support of `sparse`, int32 ascending.
     """
 
-    def __init__(self, member: Member, dictionary: torch.Tensor) -> None:
+    def __init__(
+        self,
+        member: Member,
+        dictionary: torch.Tensor,
+        checks: DeferredChecks | None = None,
+        products: Products = "float32",
+    ) -> None:
         self.member = member
+        self._checks = DeferredChecks() if checks is None else checks
+        self._products = products
         self.d_in = member.weight.shape[1]
         self.outputs = None if member.output is None else member.output.unit
         self.signals = self._rotate(self._weigh(member.signals.float()))
@@ -69,25 +83,33 @@ class Split:
         self.dual = torch.zeros_like(self.sparse)
         self.rotated_dual = torch.zeros_like(self.sparse)
         self.rotated_sparse = self._rotate(self.sparse)
-        self.indices = torch.zeros((0, 0), dtype=torch.int32)
-        self.mask = torch.zeros_like(self.sparse)
+        self.indices = self.sparse.new_zeros((0, 0), dtype=torch.int32)
+        self._mask: torch.Tensor | None = None
 
-    def step(self, penalty: float, sparsity: int) -> bool:
-        """One step of the splitting; whether a support moved."""
+    def step(self, penalty: float, sparsity: int) -> torch.Tensor:
+        """One step of the splitting; 0-d, not 0 where a support moved."""
         solution = self._solve(penalty)
+        if self.outputs is None and not solution.is_cpu:
+            self.indices, is_moved = native.project_rows(
+                solution, self.sparse, self.dual, self.indices, sparsity, CODE_RELAXATION
+            )
+            return is_moved
         before_step = self.sparse if self.outputs is None else self.rotated_sparse
         solution = CODE_RELAXATION * solution + (1.0 - CODE_RELAXATION) * before_step
         self.dual += solution if self.outputs is None else self.outputs.vectors @ solution
         self.indices = top_support(self.dual.abs(), sparsity)
-        before, self.mask = self.mask, support_mask(self.indices, self.problem.n_atoms)
-        self.sparse = self.dual * self.mask
+        before, mask = self._mask, support_mask(self.indices, self.problem.n_atoms)
+        self._mask = mask
+        self.sparse = self.dual * mask
         self.dual -= self.sparse
         if self.outputs is not None:
             # the sum of both is known in rotated form without another product
             both = self.rotated_dual + solution
             self.rotated_sparse = self._rotate(self.sparse)
             self.rotated_dual = both - self.rotated_sparse
-        return not torch.equal(before, self.mask)
+        if before is None:
+            return mask.new_ones(())
+        return (before != mask).any()
 
     def relax(self, growth: float) -> None:
         """Rescale the multipliers to a penalty that is `growth` times as large."""
@@ -110,8 +132,7 @@ class Split:
         right = (weighed.T @ rest).double()
         gram.diagonal().add_(relative_ridge(gram, RELATIVE_RIDGE))
         lower, info = torch.linalg.cholesky_ex(gram)
-        if int(info) != 0:
-            raise FitError("the learned atoms have no solution: the code is not finite")
+        self._checks.succeeded(info, "the learned atoms have no solution: the code is not finite")
         columns = self.dictionary + ATOM_RELAXATION * torch.cholesky_solve(right, lower).T
         norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         before = self.problem.lengths[self.d_in :]
@@ -134,12 +155,13 @@ class Split:
     def refit(self, steps: int) -> None:
         """Move the sparse code towards least squares on its support."""
         gram, correlations = self.problem.gram, self.problem.correlations
+        mask = support_mask(self.indices, self.problem.n_atoms)
         if self.outputs is None:
-            self.sparse = solve_on_support(gram, correlations, self.mask, self.sparse, steps=steps)
+            self.sparse = solve_on_support(gram, correlations, mask, self.sparse, steps=steps)
         else:
             correlations = self.outputs.vectors @ correlations
             self.sparse = solve_on_support_jointly(
-                gram, self.outputs.matrix, correlations, self.mask, self.sparse, steps=steps
+                gram, self.outputs.matrix, correlations, mask, self.sparse, steps=steps
             )
 
     def factor(self) -> FloatFactor:
@@ -164,13 +186,26 @@ class Split:
         """The code over all atoms, rotated where there is an output metric."""
         if self.outputs is None:
             right = self.problem.correlations + penalty * (self.sparse - self.dual)
-            return _ridge_solution(self.problem.gram, penalty, right)
+            return self._ridge_solution(penalty, right)
         right = self.rotated_sparse - self.rotated_dual
         for value, rows in self.outputs.levels:
             ridge = penalty / value
             part = self.problem.correlations[rows] + ridge * right[rows]
-            right[rows] = _ridge_solution(self.problem.gram, ridge, part)
+            right[rows] = self._ridge_solution(ridge, part)
         return right
+
+    def _ridge_solution(self, ridge: float, right: torch.Tensor) -> torch.Tensor:
+        """``right (gram + ridge I)^-1``.
+
+        With as many rows as atoms or more one product with the inverse is faster than two triangular solves (1536 rows
+        and 824 atoms: 30 ms instead of 45), and at the conditions that the ridge leaves as accurate (3e-7 apart).
+        """
+        lower = ridged_factor(self.problem.gram, ridge, self._checks)
+        if right.shape[0] < lower.shape[0]:
+            return torch.cholesky_solve(right.T, lower).T
+        inverse = torch.cholesky_inverse(lower)
+        with products_in(self._products, right.device):
+            return right @ inverse
 
     def _place_atoms(self) -> None:
         """Products of the unit-norm atoms with one another and with the (rotated) signals."""
@@ -192,21 +227,21 @@ class Split:
         if not self.dictionary.shape[1]:
             return self._scaled(remainder.float())
         learned = self.member.whitening.whiten_atoms(self.dictionary)
-        part = torch.linalg.lstsq(learned.T, self.member.signals.T).solution.T
+        part = _least_squares(learned, self.member.signals)
         everything = torch.cat([remainder - part @ self.dictionary.T, part], 1)
         return self._scaled(everything.float())
 
 
-def _ridge_solution(gram: torch.Tensor, ridge: float, right: torch.Tensor) -> torch.Tensor:
-    """``right (gram + ridge I)^-1``.
+def _least_squares(atoms: torch.Tensor, signals: torch.Tensor) -> torch.Tensor:
+    """``[n, K]`` code of ``signals [n, d]`` over ``atoms [K, d]``, float64.
 
-    With as many rows as atoms or more one product with the inverse is faster than two triangular solves (1536 rows and
-    824 atoms: 30 ms instead of 45), and at the conditions that the ridge leaves as accurate (3e-7 apart).
+    torch's solver for CUDA refuses dependent atoms; a small ridge takes them all.
     """
-    lower = ridged_factor(gram, ridge)
-    if right.shape[0] >= gram.shape[0]:
-        return right @ torch.cholesky_inverse(lower)
-    return torch.cholesky_solve(right.T, lower).T
+    if atoms.is_cpu:
+        return torch.linalg.lstsq(atoms.T, signals.T).solution.T
+    gram = atoms @ atoms.T
+    gram.diagonal().add_(relative_ridge(gram, RELATIVE_RIDGE))
+    return torch.cholesky_solve(atoms @ signals.T, torch.linalg.cholesky_ex(gram)[0]).T
 
 
 @dataclass

@@ -77,9 +77,9 @@ class Whitening:
         return torch.linalg.solve_triangular(self.factor, columns, upper=True)
 
 
-def identity_whitening(d: int) -> Whitening:
+def identity_whitening(d: int, device: torch.device | None = None) -> Whitening:
     """Whitening of the data-free mode: L = I."""
-    eye = torch.eye(d, dtype=torch.float64)
+    eye = torch.eye(d, dtype=torch.float64, device=device)
     return Whitening(eye, eye, "identity", 1.0, 0.0, ("identity: no calibration",))
 
 

@@ -5,6 +5,7 @@ follow the learner's convention: signals and atoms are rows. Every function has 
 """
 
 from cospadi.native.atoms import AtomUpdateStats, update_atoms
+from cospadi.native.device_ops import gradient_step, has_cuda_kernels, project_rows
 from cospadi.native.gemm import gemm
 from cospadi.native.linear import linear
 from cospadi.native.omp import OmpResult, omp_encode
@@ -29,11 +30,14 @@ __all__ = [
     "RoundCodeResult",
     "decode_coeffs",
     "gemm",
+    "gradient_step",
+    "has_cuda_kernels",
     "linear",
     "omp_encode",
     "pack_fields",
     "pack_mask",
     "packed_gemm",
+    "project_rows",
     "round_code",
     "runtime_info",
     "select_largest",

@@ -65,7 +65,8 @@ def omp_encode(
     Parameters
     ----------
     gram : torch.Tensor
-        ``[n_atoms, n_atoms]`` float32 or float64 on the CPU, ``D^T D``. Atoms need no unit norm.
+        ``[n_atoms, n_atoms]`` float32 or float64, ``D^T D``. Atoms need no unit norm. On a GPU its kernel runs, which
+        checks no values and gives no statistics but `OmpResult.n_padded`.
     correlations : torch.Tensor
         ``[n_signals, n_atoms]``, same dtype; row n is ``D^T y_n``.
     sparsity : int
@@ -88,7 +89,7 @@ def omp_encode(
     Raises
     ------
     InputError
-        Wrong dtype, device, shape or sparsity; a non-finite element of an input; a negative diagonal.
+        Wrong dtype, device, shape or sparsity; a non-finite element of an input; a negative diagonal (on the CPU).
     MemoryError
         The workspace (about ``sparsity * n_atoms`` elements per thread) cannot be allocated.
 
@@ -104,15 +105,23 @@ def omp_encode(
     """
     name = "omp_encode"
     dtypes = (torch.float32, torch.float64)
-    check_tensor(name, "gram", gram, (None, None), dtypes)
+    check_tensor(name, "gram", gram, (None, None), dtypes, any_device=True)
     n_atoms = gram.shape[0]
-    check_tensor(name, "gram", gram, (n_atoms, n_atoms), dtypes)
-    check_tensor(name, "correlations", correlations, (None, n_atoms), (gram.dtype,))
+    check_tensor(name, "gram", gram, (n_atoms, n_atoms), dtypes, any_device=True)
+    check_tensor(
+        name, "correlations", correlations, (None, n_atoms), (gram.dtype,), any_device=True
+    )
+    if correlations.device != gram.device:
+        raise InputError(
+            f"{name}: correlations: expected them on {gram.device} like the Gram, got {correlations.device}"
+        )
     n_signals = correlations.shape[0]
     if selection not in ("omp", "ormp"):
         raise InputError(f"{name}: selection: expected 'omp' or 'ormp', got {selection!r}")
     if not 1 <= sparsity <= n_atoms:
         raise InputError(f"{name}: sparsity: expected 1 to n_atoms = {n_atoms}, got {sparsity}")
+    if not gram.is_cpu:
+        return _encode_on_device(gram, correlations, sparsity, signal_energies, selection)
     gram, correlations = unit_stride_rows(gram), unit_stride_rows(correlations)
     residual_energies = None
     if signal_energies is not None:
@@ -142,3 +151,21 @@ def omp_encode(
     return OmpResult(
         indices, coeffs, residual_energies, n_padded, workspace_bytes, n_passes, n_rows
     )
+
+
+def _encode_on_device(
+    gram: torch.Tensor,
+    correlations: torch.Tensor,
+    sparsity: int,
+    signal_energies: torch.Tensor | None,
+    selection: str,
+) -> OmpResult:
+    indices, coeffs, n_padded = torch.ops.cospadi.omp_encode(
+        gram.detach(), correlations.detach(), sparsity, selection == "ormp"
+    )
+    residual_energies = None
+    if signal_energies is not None:
+        # at the least-squares coefficients |y - D x|^2 = |y|^2 - x^T D^T y
+        explained = (coeffs.double() * correlations.double().gather(1, indices.long())).sum(1)
+        residual_energies = (signal_energies.double() - explained).clamp_min(0).to(gram.dtype)
+    return OmpResult(indices, coeffs, residual_energies, int(n_padded), 0, 0, 0)

@@ -23,7 +23,9 @@ def select_largest(
     Parameters
     ----------
     scores : torch.Tensor
-        ``[n, A]`` float32 or float64 on the CPU, non-negative and not NaN; -0.0 counts as 0, infinity is allowed.
+        ``[n, A]`` float32 or float64, non-negative and not NaN; -0.0 counts as 0, infinity is allowed. Checked
+        on the CPU only, since a GPU's answer has to be waited for: there NaN is above infinity, and a negative score
+        counts as 0.
     count : int
         ``1 <= count <= A``.
     num_threads : int, optional
@@ -37,7 +39,9 @@ def select_largest(
     Raises
     ------
     InputError
-        Wrong dtype, device, shape or count; a score that is negative or NaN.
+        Wrong dtype, shape or count; a score that is negative or NaN (on the CPU).
+    CudaUnavailableError
+        CUDA tensors, and this build has no CUDA kernels.
 
     Notes
     -----
@@ -45,10 +49,15 @@ def select_largest(
     count.
     """
     name = "select_largest"
-    check_tensor(name, "scores", scores, (None, None), (torch.float32, torch.float64))
+    check_tensor(
+        name, "scores", scores, (None, None), (torch.float32, torch.float64), any_device=True
+    )
     n_rows, n_scores = scores.shape
     if not 1 <= count <= n_scores:
         raise InputError(f"{name}: count: expected 1 to {n_scores}, got {count}")
+    if not scores.is_cpu:
+        found: torch.Tensor = torch.ops.cospadi.select_largest(scores, count)
+        return found
     scores = unit_stride_rows(scores)
     indices = torch.empty((n_rows, count), dtype=torch.int32)
     select = _C.select_largest_f32 if scores.dtype == torch.float32 else _C.select_largest_f64

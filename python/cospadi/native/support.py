@@ -27,13 +27,15 @@ def check_tensor(
     tensor: torch.Tensor,
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
+    *,
+    any_device: bool = False,
 ) -> None:
     """Raise `InputError` unless `tensor` is a strided CPU tensor of this shape (None: any size) and dtype."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(
             f"{function}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
         )
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if not (tensor.is_cpu or (any_device and not tensor.is_meta)) or tensor.layout != torch.strided:
         raise InputError(
             f"{function}: {name}: expected a strided CPU tensor, got {tensor.layout} on {tensor.device}; call .cpu()"
         )

@@ -444,7 +444,7 @@ class Recipe:
 
     def learn_options(self) -> LearnOptions:
         """The learner's part of the recipe."""
-        names = [f.name for f in dataclasses.fields(LearnOptions)]
+        names = [f.name for f in dataclasses.fields(LearnOptions) if f.name != "products"]
         return LearnOptions(**{name: getattr(self, name) for name in names})
 
     def to_mapping(self) -> dict[str, Any]:

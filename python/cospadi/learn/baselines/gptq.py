@@ -43,16 +43,16 @@ def gptq(
     chosen = quantise_integers(weight, bits, group=group)
     assert chosen.scale is not None
     steps = chosen.scale.float()
-    fields = native.round_code(
-        scaled.contiguous(),
+    fields = native.round_code(  # on the CPU, as `cospadi.learn.feedback`
+        scaled.contiguous().cpu(),
         None,
-        weight.float().contiguous(),
-        steps,
+        weight.float().contiguous().cpu(),
+        steps.cpu(),
         2 ** (bits - 1) - 1,
         group=group,
         damping=DAMPING,
         sweeps=0,
-    ).fields
+    ).fields.to(weight.device)
     per_value = steps.repeat_interleave(group or d_in, dim=1)[:, :d_in]
     quantised = dataclasses.replace(chosen, fields=fields, values=fields * per_value)
     return full_identity(quantised.values), quantised

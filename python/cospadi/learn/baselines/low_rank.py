@@ -34,7 +34,9 @@ def low_rank(weight: torch.Tensor, whitening: Whitening, rank: int) -> FloatFact
     roots = svd.values[:rank].sqrt()
     dictionary = whitening.unwhiten_atoms(svd.right[:rank] * roots[:, None])
     coeffs = svd.left[:, :rank] * roots
-    return FloatFactor(dictionary, full_indices(weight.shape[0], coeffs.shape[1]), coeffs)
+    return FloatFactor(
+        dictionary, full_indices(weight.shape[0], coeffs.shape[1], coeffs.device), coeffs
+    )
 
 
 def truncated(member: Member, rank: int) -> FloatFactor:

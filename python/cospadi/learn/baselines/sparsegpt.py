@@ -69,7 +69,7 @@ def sparsegpt(
     w = weight.double().clone()
     factor = _inverse_factor(gram.double(), damping)
     costs = factor.diagonal()
-    kept = torch.zeros((d_out, d_in), dtype=torch.bool)
+    kept = torch.zeros((d_out, d_in), dtype=torch.bool, device=w.device)
     for start in range(0, d_in, block_size):
         stop = min(start + block_size, d_in)
         # weights that the columns of `rivals` may still keep: all that are left, or up to this block's end

@@ -116,15 +116,21 @@ def _encode_greedily(
     batch: int,
     num_threads: int | None,
 ) -> Code:
-    """Every correlation is summed in the same order whatever the batch is.
+    """On the CPU every correlation is summed in the same order whatever the batch is.
 
     The native product's order is fixed; BLAS libraries change theirs with the number of rows.
     """
     gram = atoms @ atoms.T
+
+    def correlations(part: torch.Tensor) -> torch.Tensor:
+        if not part.is_cpu:
+            return part @ atoms.T
+        return native.gemm(part, atoms.T, num_threads=num_threads)
+
     parts = [
         native.omp_encode(
             gram,
-            native.gemm(part, atoms.T, num_threads=num_threads),
+            correlations(part),
             sparsity,
             selection=solver,
             num_threads=num_threads,

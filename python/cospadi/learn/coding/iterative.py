@@ -11,6 +11,7 @@ import torch
 
 from cospadi.errors import FitError
 from cospadi.learn.coding.problem import CodingProblem, support_mask
+from cospadi.learn.deferred import DeferredChecks
 from cospadi.learn.refit import solve_on_support
 from cospadi.learn.result import top_support
 
@@ -110,16 +111,19 @@ def hard_thresholding_pursuit(
     return indices, code
 
 
-def ridged_factor(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Lower Cholesky factor of ``gram + ridge I``; `FitError` if there is none."""
+def ridged_factor(
+    gram: torch.Tensor, ridge: float, checks: DeferredChecks | None = None
+) -> torch.Tensor:
+    """Lower Cholesky factor of ``gram + ridge I``; `FitError` if there is none (from ``checks``, if given)."""
     ridged = gram.clone()
     ridged.diagonal().add_(ridge)
     lower: torch.Tensor
     lower, info = torch.linalg.cholesky_ex(ridged)
-    if int(info) != 0:
-        raise FitError(
-            "the Gram of the atoms is not positive semidefinite; the atoms are not finite"
-        )
+    message = "the Gram of the atoms is not positive semidefinite; the atoms are not finite"
+    if checks is not None:
+        checks.succeeded(info, message)
+    elif int(info) != 0:
+        raise FitError(message)
     return lower
 
 
