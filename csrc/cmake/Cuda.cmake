@@ -22,13 +22,14 @@ endif()
 function(cospadi_add_cuda target)
   if(NOT COSPADI_HAS_CUDA)
     message(STATUS "cospadi: building without CUDA")
-    target_sources(${target} PRIVATE csrc/cuda/unavailable.cpp)
+    target_sources(${target} PRIVATE csrc/cuda/unavailable.cpp csrc/cuda/fit_unavailable.cpp)
     return()
   endif()
   set_target_properties(${target} PROPERTIES
     # CMake 3.25 does not know nvcc 13's C++20 flag
     CUDA_STANDARD 17 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden)
-  target_sources(${target} PRIVATE csrc/cuda/device.cu)
+  target_sources(${target} PRIVATE
+    csrc/cuda/device.cu csrc/cuda/code_steps.cu csrc/cuda/omp.cu csrc/cuda/select.cu)
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
 endfunction()

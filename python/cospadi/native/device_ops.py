@@ -43,8 +43,8 @@ def project_rows(
     solution : torch.Tensor
         ``[n, A]`` float32, contiguous.
     sparse, dual : torch.Tensor
-        ``[n, A]`` float32, contiguous, updated in place: ``dual += relaxation solution + (1 - relaxation) sparse``. Sparse
-        takes the `count` largest magnitudes of every row of it, and dual keeps the others.
+        ``[n, A]`` float32, contiguous, updated in place: ``dual += relaxation solution + (1 - relaxation) sparse``, of which
+        sparse takes the `count` largest magnitudes of every row, and dual keeps the others.
     indices : torch.Tensor
         ``[n, count]`` int32, the last support; ``[0, 0]`` if there is none.
     count : int
@@ -160,7 +160,14 @@ def _select_cuda(scores: torch.Tensor, count: int) -> torch.Tensor:
         _C.cuda_select_largest_f32 if scores.dtype == torch.float32 else _C.cuda_select_largest_f64
     )
     with _on_device("select_largest", scores) as stream:
-        select(scores.data_ptr(), *scores.shape, count, indices.data_ptr(), stream)
+        select(
+            scores.data_ptr(),
+            scores.shape[0],
+            scores.shape[1],
+            count,
+            indices.data_ptr(),
+            stream,
+        )
     return indices
 
 
@@ -210,7 +217,19 @@ def _gradient_step_cuda(
         _gradient_step_cpu(*tensors)  # in torch's own operators, on the device
         return
     with _on_device("gradient_step", *tensors) as stream:
-        _C.cuda_gradient_step(*(t.data_ptr() for t in tensors), *product.shape, stream)
+        _C.cuda_gradient_step(
+            product.data_ptr(),
+            mask.data_ptr(),
+            inverse_diagonal.data_ptr(),
+            enough.data_ptr(),
+            x.data_ptr(),
+            residual.data_ptr(),
+            direction.data_ptr(),
+            energy.data_ptr(),
+            product.shape[0],
+            product.shape[1],
+            stream,
+        )
 
 
 def _omp_cuda(
