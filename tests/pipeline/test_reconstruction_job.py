@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,9 +10,9 @@ import cospadi
 from cospadi.calibration.blockwise import BlockwiseError
 from cospadi.calibration.data import load_calibration
 from cospadi.pipeline.compress import compress
-from cospadi.pipeline.report import read_report
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.open_model import open_model
+from cospadi.pipeline.report import read_report
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 
 SETTINGS = {

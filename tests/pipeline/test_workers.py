@@ -84,7 +84,9 @@ def test_four_workers_two_of_which_are_killed_in_the_middle_of_a_claim(
         while len(killed) < 2 and time.monotonic() < deadline:
             for i in (0, 1):
                 # stopped first: a claim that is held is then held by a process that does nothing
-                owned = [c for c in claims.glob("*@*") if f'"w{i}"' in c.read_text(errors="replace")]
+                owned = [
+                    c for c in claims.glob("*@*") if f'"w{i}"' in c.read_text(errors="replace")
+                ]
                 if i not in killed and owned:
                     os.kill(workers[i].pid, signal.SIGKILL)
                     killed.append(i)

@@ -319,14 +319,17 @@ class BlockStream:
             hidden = decoder.first_hidden(batch)
             if part.start == 0:
                 self._dtype = hidden.dtype
-                self.hidden = _allocate((*ids.shape, hidden.shape[2]), folder)
+                self._is_pinned = hidden.is_cuda
+                shape = (*ids.shape, hidden.shape[2])
+                self.hidden = _allocate(shape, folder, is_pinned=self._is_pinned)
             self.hidden[part] = hidden
 
     def fork(self) -> BlockStream:
         """Return a stream of its own at the same depth."""
         other = object.__new__(BlockStream)
         other.__dict__.update(self.__dict__)
-        other.hidden = _allocate(tuple(self.hidden.shape), self._folder)
+        shape = tuple(self.hidden.shape)
+        other.hidden = _allocate(shape, self._folder, is_pinned=self._is_pinned)
         other.hidden.copy_(self.hidden)
         return other
 
@@ -359,22 +362,29 @@ class BlockStream:
         hidden = self.hidden[part].to(self._decoder.device, self._dtype, copy=True)
         return self._decoder.run(self.index, hidden, block, with_gradients=with_gradients)
 
-    def advance(self, block: nn.Module | None = None) -> None:
+    def advance(
+        self, block: nn.Module | None = None, *, progress: Callable[[], None] | None = None
+    ) -> None:
         """Run the next block on all batches and keep its output.
 
         Parameters
         ----------
         block
             Module to run in place of the model's block.
+        progress
+            Called after every batch.
         """
         for part in self.batches():
             self.hidden[part] = self.run(part, block)
+            if progress is not None:
+                progress()
         self.index += 1
 
 
-def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+def _allocate(shape: tuple[int, ...], folder: Path | None, *, is_pinned: bool = False) -> Tensor:
+    """Memory for hidden states; pinned memory is copied to and from a GPU several times as fast."""
     if folder is None:
-        return torch.empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, pin_memory=is_pinned)
     size = torch.Size(shape).numel()
     try:
         # the mapping keeps the data after the name is gone

@@ -63,12 +63,13 @@ def collect_cached_grams(
     max_gram_bytes: int | None = None,
     progress: Progress | None = None,
     skip_targets: AbstractSet[str] = frozenset(),
+    device: torch.device | None = None,
 ) -> Iterator[GramPass]:
     """Yield the Grams that `collect_grams` yields: those on disk first, then the others, which are stored.
 
     Parameters
     ----------
-    model, targets, ids, batch_size, max_gram_bytes, progress, skip_targets
+    model, targets, ids, batch_size, max_gram_bytes, progress, skip_targets, device
         As for `collect_grams`. `max_gram_bytes` bounds the Grams that are read as well; without it they are read 256
         MiB at a time.
     folder
@@ -101,11 +102,14 @@ def collect_cached_grams(
     if ids.ndim != 2:
         raise InputError(f"calibration ids must be [n_samples, length], got {list(ids.shape)}")
     check_ids(model, ids, length=ids.shape[1])
-    cache = GramCache(folder, gram_fingerprint(model, ids, weights=weights, batch_size=batch_size))
+    fingerprint = gram_fingerprint(
+        model, ids, weights=weights, batch_size=batch_size, device=device
+    )
+    cache = GramCache(folder, fingerprint)
     if not wanted:
         return iter(())
     return _read_and_collect(
-        model, wanted, ids, cache, report, batch_size, max_gram_bytes, progress
+        model, wanted, ids, cache, report, batch_size, max_gram_bytes, progress, device
     )
 
 
@@ -118,8 +122,9 @@ def _read_and_collect(
     batch_size: int,
     max_gram_bytes: int | None,
     progress: Progress | None,
+    device: torch.device | None,
 ) -> Iterator[GramPass]:
-    device = next(model.parameters()).device
+    place = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
@@ -141,7 +146,7 @@ def _read_and_collect(
         grams = {}
         for group in part:
             try:
-                grams[group.key] = cache.read(group, device)
+                grams[group.key] = cache.read(group, place)
                 found.update(group.members)
             except CheckpointError as error:
                 report(f"stored Gram of {group.key} is not used, it is collected again: {error}")
@@ -174,11 +179,19 @@ def _read_and_collect(
             batch_size=batch_size,
             max_gram_bytes=max_gram_bytes,
             progress=progress,
+            device=device,
         ),
     )
 
 
-def gram_fingerprint(model: nn.Module, ids: Tensor, *, weights: str, batch_size: int) -> str:
+def gram_fingerprint(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    weights: str,
+    batch_size: int,
+    device: torch.device | None = None,
+) -> str:
     """Return the SHA-256 (hex) of everything that the bits of a Gram depend on, see `collect_cached_grams`."""
     parameter = next(model.parameters())
     parts = {
@@ -188,7 +201,7 @@ def gram_fingerprint(model: nn.Module, ids: Tensor, *, weights: str, batch_size:
         "ids_shape": list(ids.shape),
         "batch_size": batch_size,
         "dtype": str(parameter.dtype),
-        "device": parameter.device.type,
+        "device": (parameter.device if device is None else device).type,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

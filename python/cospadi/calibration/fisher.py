@@ -88,7 +88,8 @@ def collect_fisher(
     seed
         Of the labels drawn from the model.
     max_bytes
-        Bound on the matrices held at a time; above it the tokens are streamed several times. None means one pass.
+        Bound on the matrices held at a time; above it the tokens are streamed several times. None means one pass, or on
+        a GPU a quarter of its free memory.
     progress
         Called with (finished batches, all batches of all passes).
 
@@ -104,6 +105,9 @@ def collect_fisher(
     """
     if not targets:
         return
+    device = next(model.parameters()).device
+    if max_bytes is None and device.type == "cuda":
+        max_bytes = torch.cuda.mem_get_info(device)[0] // 4
     # the planner counts fp64
     passes = plan_passes([_group(t) for t in targets], None if max_bytes is None else 2 * max_bytes)
 
@@ -114,7 +118,7 @@ def collect_fisher(
 
     for index, part in enumerate(passes):
         started = time.perf_counter()
-        found = {group.key: _Accumulator(group.d_in) for group in part}
+        found = {group.key: _Accumulator(group.d_in, device) for group in part}
         observers: dict[str, GradientObserver] = {n: item.observe for n, item in found.items()}
         run_backwards(model, observers, ids, seed=seed, progress=offset(index))
         n_tokens = ids.numel()
@@ -132,20 +136,20 @@ def collect_fisher(
 class _Accumulator:
     """Sums over the tokens of one module; the first batch decides whether its gradient is concentrated."""
 
-    def __init__(self, d_out: int) -> None:
-        self.matrix = torch.zeros((d_out, d_out), dtype=torch.float32)
+    def __init__(self, d_out: int, device: torch.device) -> None:
+        self.matrix = torch.zeros((d_out, d_out), dtype=torch.float32, device=device)
         self.gram: Tensor | None = None
         self._started = False
 
     def observe(self, rows: Tensor, gradient: Tensor) -> None:
         """Add a batch: inputs ``[tokens, d_in]`` and gradients ``[tokens, d_out]``."""
-        rows, gradient = rows.float().cpu(), gradient.cpu()
+        rows = rows.float()
         energies = gradient.square().sum(1)
         if not self._started:
             self._started = True
             even = float(energies.sum() ** 2 / energies.square().sum().clamp_min(1e-38))
             if even < CONCENTRATED * rows.shape[0]:
-                self.gram = torch.zeros((rows.shape[1], rows.shape[1]), dtype=torch.float32)
+                self.gram = rows.new_zeros((rows.shape[1], rows.shape[1]))
         if self.gram is None:
             self.matrix.addmm_(gradient.T, gradient)
             return

@@ -221,11 +221,12 @@ class _Block:
         self._prefix = f"{name}."
         self._members = members
         self.module = copy.deepcopy(model.get_submodule(name)).requires_grad_(False)
+        self._device = next(model.parameters()).device
 
     def place(self, factors: Mapping[str, SparseFactor]) -> None:
         """Put the dense products of factors in the place of their linears."""
         for name, factor in factors.items():
-            self._set(name, _dense_linear(factor))
+            self._set(name, dense_linear(factor, self._device))
 
     def place_tunables(
         self, factors: Mapping[str, SparseFactor], shared: frozenset[str]
@@ -234,22 +235,24 @@ class _Block:
         tunables = {}
         for name in self._members:
             if is_tunable(factors[name]):
-                tunables[name] = TunableLinear(factors[name], tunes_dictionary=name not in shared)
+                tunable = TunableLinear(factors[name], tunes_dictionary=name not in shared)
+                tunables[name] = tunable.to(self._device)
                 self._set(name, tunables[name])
             else:
-                self._set(name, _dense_linear(factors[name]))
+                self._set(name, dense_linear(factors[name], self._device))
         return tunables
 
     def _set(self, name: str, module: nn.Module) -> None:
         self.module.set_submodule(name.removeprefix(self._prefix), module)
 
 
-def _dense_linear(factor: SparseFactor) -> nn.Linear:
-    weight = factor.dense_weight()
+def dense_linear(factor: SparseFactor, device: torch.device) -> nn.Linear:
+    """Return the dense layer that a factor stands for, float32, on a device."""
+    weight = factor.dense_weight(device=device)
     linear = nn.Linear(weight.shape[1], weight.shape[0], factor.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if factor.bias is not None:
-        linear.bias = nn.Parameter(factor.bias.float(), requires_grad=False)
+        linear.bias = nn.Parameter(factor.bias.to(device, torch.float32), requires_grad=False)
     return linear
 
 

@@ -79,6 +79,7 @@ def collect_grams(
     max_gram_bytes: int | None = None,
     progress: Progress | None = None,
     skip_targets: AbstractSet[str] = frozenset(),
+    device: torch.device | None = None,
 ) -> Iterator[GramPass]:
     """Run the calibration tokens through the model and collect the Grams of the targets' inputs.
 
@@ -99,6 +100,10 @@ def collect_grams(
         Called with (finished batches, all batches of all passes).
     skip_targets
         Names of targets to leave out.
+    device
+        Where to compute; None is the model's own device. On another one the tokens run block by block
+        (`cospadi.calibration.blockwise`), so a block, its Grams and one batch are all that must fit, and the Grams are
+        yielded on the CPU. A model that cannot run so lies there as a whole.
 
     Yields
     ------
@@ -125,10 +130,14 @@ def collect_grams(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not wanted:
         return iter(())
-    return _collect(model, wanted, ids, batch_size, max_gram_bytes, progress)
+    if device is None or device == next(model.parameters()).device:
+        return collect_here(model, wanted, ids, batch_size, max_gram_bytes, progress)
+    from cospadi.calibration.blockwise_statistics import collect_on_device
+
+    return collect_on_device(model, wanted, ids, batch_size, max_gram_bytes, progress, device)
 
 
-def _collect(
+def collect_here(
     model: nn.Module,
     targets: Sequence[TargetLinear],
     ids: Tensor,
@@ -136,6 +145,7 @@ def _collect(
     max_gram_bytes: int | None,
     progress: Progress | None,
 ) -> Iterator[GramPass]:
+    """Run `collect_grams` on the device where the model lies, as a whole; the arguments have been checked."""
     device = next(model.parameters()).device
     modules = {target.name: model.get_submodule(target.name) for target in targets}
     decoder = decoder_with(model, modules.values())
@@ -190,7 +200,7 @@ def _run_pass(
         for number, batch in enumerate(torch.split(stream.ids, stream.batch_size)):
             run_forward(stream.decoder, batch.to(stream.device))
             count(number + 1)
-    return GramPass(index, n_passes, _finish(part, observer), time.perf_counter() - started)
+    return GramPass(index, n_passes, finish_grams(part, observer), time.perf_counter() - started)
 
 
 def input_groups(
@@ -260,7 +270,14 @@ def _stop_block(part: Sequence[InputGroup], blocks: Sequence[nn.Module]) -> nn.M
     return blocks[max(known)] if len(known) == len(last) else None
 
 
-def _finish(part: Sequence[InputGroup], observer: GramObserver) -> dict[str, ActivationGram]:
+def finish_grams(part: Sequence[InputGroup], observer: GramObserver) -> dict[str, ActivationGram]:
+    """Return the Grams that an observer has gathered, and let it forget them.
+
+    Raises
+    ------
+    InputError
+        No token reached a group.
+    """
     grams = {}
     for group in part:
         accumulator = observer.accumulators.pop(group.key)

@@ -93,6 +93,7 @@ class TunableLinear(nn.Module):
         old = self._factor
         dictionary = old.dictionary
         if dictionary is not None and self.dictionary is not None:
-            dictionary = self.dictionary.detach().to(dictionary.dtype)
-        coeffs = self.code.detach().gather(1, self._index).to(old.coeffs.dtype)
+            dictionary = self.dictionary.detach().to(dictionary.device, dictionary.dtype)
+        code = self.code.detach().to(self._index.device)
+        coeffs = code.gather(1, self._index).to(old.coeffs.dtype)
         return replace(old, coeffs=coeffs.contiguous(), dictionary=dictionary)

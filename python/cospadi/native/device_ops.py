@@ -43,8 +43,8 @@ def project_rows(
     solution : torch.Tensor
         ``[n, A]`` float32, contiguous.
     sparse, dual : torch.Tensor
-        ``[n, A]`` float32, contiguous, updated in place: ``dual += relaxation solution + (1 - relaxation) sparse``, of which
-        sparse takes the `count` largest magnitudes of every row, and dual keeps the others.
+        ``[n, A]`` float32, contiguous, updated in place: ``dual += relaxation solution + (1 - relaxation) sparse``;
+        sparse takes the `count` largest magnitudes of every row of it, and dual keeps the others.
     indices : torch.Tensor
         ``[n, count]`` int32, the last support; ``[0, 0]`` if there is none.
     count : int

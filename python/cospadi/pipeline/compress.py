@@ -18,6 +18,7 @@ from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
 from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputError
 from cospadi.factor import removed_shares
+from cospadi.learn.precision import PRODUCTS, Products
 from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.source import SourceModel, open_source
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
@@ -111,6 +112,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "cpu",
+    products: Products = "float32",
     num_threads: int | None = None,
     workers: int | None = None,
     executor: ExecutorKind = "local",
@@ -130,7 +132,10 @@ def compress(
     recipe : Recipe, optional
         All settings; or give single ones as keywords (``ratio=0.3``, ``bits=4.25``, ``preset="best"``).
     device : {"cpu", "cuda"}
-        Where the fits run. This version computes on the CPU.
+        Where activations, gradients and fits are computed. The model and everything finished stay on the CPU; what is
+        needed of them is moved. Rounding to integers with feedback runs on the CPU always. A resumed run may change it.
+    products : {"float32", "tf32"}
+        On a CUDA device, arithmetic of the largest products of a fit (`cospadi.learn.precision`).
     num_threads : int, optional
         Threads of torch and of the native kernels, in every process. All cores by default, divided among `workers`;
         a run that is resumed keeps its threads. Results depend on them (the order of sums in matrix products), and on
@@ -156,11 +161,13 @@ def compress(
     """
     start = time.perf_counter()
     recipe = _with_settings(recipe, settings)
-    _check_device(device)
+    place = checked_device(device)
+    if products not in PRODUCTS:
+        raise InputError(f"products: expected {' or '.join(PRODUCTS)}, got {products!r}")
     out_dir = check_output(out)
     if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
         raise InputError(f"{out_dir}: lies inside the model's own folder; choose another --out")
-    _check_workers(workers, executor)
+    _check_workers(workers, executor, place)
     work_dir = out_dir.with_name(out_dir.name + ".work")
     _set_threads(num_threads, work_dir, workers)
 
@@ -175,9 +182,19 @@ def compress(
     had_log = log_file.exists()
     try:
         with EventLog(log_file, listener) as log:
-            with closing(_executor(executor, workers, work, log)) as runner:
+            with closing(_executor(executor, workers, work, log, place)) as runner:
                 result = _run(
-                    source, calibration, recipe, work, log, runner, out_dir, gram_cache, start
+                    source,
+                    calibration,
+                    recipe,
+                    work,
+                    log,
+                    runner,
+                    out_dir,
+                    gram_cache,
+                    start,
+                    place,
+                    products,
                 )
             work.remove()
             log.emit("done", seconds=round(result.seconds, 2), failed=list(result.failed))
@@ -203,6 +220,8 @@ def _run(
     out_dir: Path,
     gram_cache: str | Path | None,
     start: float,
+    device: torch.device,
+    products: Products,
 ) -> CompressResult:
     grams, groups, fisher, allocation = None, None, None, None
     stages = Stages(start)
@@ -212,7 +231,7 @@ def _run(
         # the search for similar layers and the allocation read all Grams, the fits read them again
         reads_twice = by_similarity or recipe.allocation == "loss"
         folder = gram_cache or (work.path / "grams" if reads_twice else None)
-        grams = GramSource(source, calibration, recipe, folder and Path(folder), log)
+        grams = GramSource(source, calibration, recipe, folder and Path(folder), log, device)
         if recipe.reconstruction == "blockwise":
             check_blockwise(grams)
     targets, skipped = _plan_inputs(source, recipe)
@@ -241,7 +260,17 @@ def _run(
     for item in plan.dense:
         log.emit("dense", module=item.name, reason=item.reason)
     job = Job(
-        source, {t.name: t for t in targets}, plan, recipe, grams, fisher, work, log, executor
+        source,
+        {t.name: t for t in targets},
+        plan,
+        recipe,
+        grams,
+        fisher,
+        work,
+        log,
+        executor,
+        device=device,
+        products=products,
     )
     job.run()
     if recipe.sequential:
@@ -275,9 +304,13 @@ def _run(
     return result
 
 
-def _check_workers(workers: int | None, executor: str) -> None:
+def _check_workers(workers: int | None, executor: str, device: torch.device) -> None:
     if executor not in get_args(ExecutorKind):
         raise InputError(f"executor: expected local or ray, got {executor!r}")
+    if device.type != "cpu" and (workers is not None or executor == "ray"):
+        raise InputError(
+            "workers: they compute on the CPU; give device cuda without workers and executor"
+        )
     if workers is None:
         return
     if (
@@ -302,13 +335,15 @@ def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -
     torch.set_num_threads(num_threads)
 
 
-def _executor(kind: ExecutorKind, workers: int | None, work: WorkDir, log: EventLog) -> Executor:
+def _executor(
+    kind: ExecutorKind, workers: int | None, work: WorkDir, log: EventLog, device: torch.device
+) -> Executor:
     if kind == "ray":
         from cospadi.pipeline.ray_executor import RayExecutor
 
         return RayExecutor(work, log, workers)
     if workers is None:
-        return InProcess(work, log)
+        return InProcess(work, log, device)
     return QueueExecutor(work, log, workers, most_bytes=queued_bytes(work.path))
 
 
@@ -362,15 +397,29 @@ def check_output(out: str | Path) -> Path:
     return out_dir
 
 
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
+def checked_device(device: str) -> torch.device:
+    """Return the device of a run.
+
+    Raises
+    ------
+    InputError
+        Neither ``cpu`` nor ``cuda``.
+    CudaUnavailableError
+        Torch finds no GPU, or this build of cospadi has no kernels for it.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if device != "cuda":
         raise InputError(f"device: expected cpu or cuda, got {device!r}")
-    if device == "cuda":
-        info = native.runtime_info()
-        reason = "the CUDA kernels are not part of this version; use --device cpu"
-        if not info["cuda_built"]:
-            reason = "this build has no CUDA; install a wheel with CUDA or use --device cpu"
-        raise CudaUnavailableError(f"device cuda: {reason}")
+    if not native.has_cuda_kernels():
+        raise CudaUnavailableError(
+            "device cuda: this build has no CUDA kernels; build it where nvcc is on PATH, or use --device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise CudaUnavailableError(
+            "device cuda: torch finds no GPU (a build of torch for CUDA, and a driver, are needed); use --device cpu"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | None:

@@ -17,7 +17,7 @@ import torch
 from cospadi.errors import CospadiError, InputError
 from cospadi.learn.learner import IterationStats
 from cospadi.pipeline.events import EventLog
-from cospadi.pipeline.fit_task import FIT_ERRORS, FitTask, failure_reason, run_task
+from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason, run_task
 from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
 from cospadi.pipeline.workdir import WorkDir, process_name, report_data
 from cospadi.pipeline.worker import POLL_S
@@ -62,11 +62,12 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Fits at once, in this process."""
+    """Fits at once, in this process, on one device."""
 
-    def __init__(self, work: WorkDir, log: EventLog) -> None:
+    def __init__(self, work: WorkDir, log: EventLog, device: torch.device = CPU) -> None:
         self._work = work
         self._log = log
+        self._device = device
 
     def submit(self, task: FitTask, done: Done) -> None:
         """Fit a task and commit its results.
@@ -81,7 +82,7 @@ class InProcess:
             self._log.progress("iteration", module=task.name, **vars(stats))
 
         try:
-            results = run_task(task, progress)
+            results = run_task(task, progress, self._device)
         except FIT_ERRORS as error:
             done(Outcome(task.names, failure_reason(error, task.name)))
             return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,8 @@ from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
+
+CPU = torch.device("cpu")
 
 # torch's own allocations; matrix products of other alignments may give other bits
 _ALIGNMENT = 64
@@ -39,22 +41,28 @@ class InputMetric:
     name: str
     gram: torch.Tensor | None
     weighted: torch.Tensor | None = None
+    _factors: dict[torch.device, Whitening] = field(default_factory=dict, init=False)
 
-    @cached_property
-    def whitening(self) -> Whitening:
-        """The metric's factor.
+    def whitening(self, device: torch.device, d_in: int) -> Whitening:
+        """The metric's factor for `d_in` inputs, computed and kept on a device.
 
         Raises
         ------
         WhiteningError, InputError
             There is none.
         """
-        assert self.gram is not None
-        plain = whiten_gram(self.gram, self.name)
+        if device not in self._factors:
+            self._factors[device] = self._factor(device, d_in)
+        return self._factors[device]
+
+    def _factor(self, device: torch.device, d_in: int) -> Whitening:
+        if self.gram is None:
+            return identity_whitening(d_in, device)
+        plain = whiten_gram(self.gram.to(device), self.name)
         if self.weighted is None:
             return plain
         try:
-            return whiten_gram(self.weighted, self.name)
+            return whiten_gram(self.weighted.to(device), self.name)
         except WhiteningError:
             return plain
 
@@ -123,14 +131,17 @@ class FitTask:
 
 
 def run_task(
-    task: FitTask, progress: Callable[[IterationStats], None] | None = None
+    task: FitTask,
+    progress: Callable[[IterationStats], None] | None = None,
+    device: torch.device = CPU,
 ) -> list[tuple[SparseFactor, FitReport]]:
     """Fit the members of a task.
 
     Returns
     -------
     list of (SparseFactor, FitReport)
-        In the order of the members. Equal bits in every process with the same threads, instruction set and versions.
+        In the order of the members, on the CPU. Equal bits in every process with the same threads, instruction set and
+        versions.
 
     Raises
     ------
@@ -140,23 +151,30 @@ def run_task(
     inputs = []
     for member in task.members:
         statistics = member.statistics
-        metric = statistics.metric
-        whitening = identity_whitening(member.d_in) if metric.gram is None else metric.whitening
-        gram = statistics.gram
+        whitening = statistics.metric.whitening(device, member.d_in)
+        gram, output = statistics.gram, statistics.output
+        if gram is None:
+            gram = torch.eye(member.d_in, dtype=torch.float64, device=device)
+        if output is not None and output.matrix.device != device:
+            output = dataclasses.replace(output, matrix=output.matrix.to(device))
         inputs.append(
             FitInput(
                 member.name,
-                aligned(member.weight),
-                member.bias,
-                torch.eye(member.d_in, dtype=torch.float64) if gram is None else aligned(gram),
+                _placed(member.weight, device),
+                None if member.bias is None else member.bias.to(device),
+                _placed(gram, device),
                 whitening,
-                None if statistics.target is None else aligned(statistics.target),
-                output=statistics.output,
+                None if statistics.target is None else _placed(statistics.target, device),
+                output=output,
                 with_spectrum=member.with_spectrum,
             )
         )
     joint = _joint_metric(task.name, inputs)
     return fit(inputs, task.settings, joint=joint, progress=progress)
+
+
+def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return aligned(tensor.to(device))
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cospadi.calibration.cache import collect_cached_grams
 from cospadi.calibration.data import CalibrationSet
 from cospadi.calibration.statistics import GramPass, collect_grams
 from cospadi.model.discover import TargetLinear
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.events import EventLog
+from cospadi.pipeline.fit_task import CPU
 from cospadi.pipeline.recipe import Recipe
 
 
@@ -31,6 +34,8 @@ class GramSource:
         Keeps the Grams for later runs.
     log : EventLog
         Receives progress, and a warning for every stored Gram that cannot be used.
+    device : torch.device
+        Where activations, gradients and fits are computed. Grams come on the CPU, where the model lies.
     """
 
     source: SourceModel
@@ -38,6 +43,7 @@ class GramSource:
     recipe: Recipe
     folder: Path | None
     log: EventLog
+    device: torch.device = CPU
 
     def progress(self, done: int, total: int) -> None:
         """Report calibration batches."""
@@ -55,6 +61,7 @@ class GramSource:
                 batch_size=self.recipe.batch_size,
                 max_gram_bytes=max_gram_bytes,
                 progress=self.progress,
+                device=self.device,
             )
         return collect_cached_grams(
             self.source.model,
@@ -66,4 +73,5 @@ class GramSource:
             batch_size=self.recipe.batch_size,
             max_gram_bytes=max_gram_bytes,
             progress=self.progress,
+            device=self.device,
         )

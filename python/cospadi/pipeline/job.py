@@ -10,17 +10,20 @@ import torch
 
 from cospadi.calibration.correction import choose_shrinkage, sequential_target
 from cospadi.calibration.fisher import FisherStore
+from cospadi.calibration.placement import placed
+from cospadi.calibration.reconstruction import dense_linear
 from cospadi.calibration.sequential import SequentialInput, collect_sequential
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES, FactorSpec
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
+from cospadi.learn.precision import Products
 from cospadi.model.discover import Skipped, TargetLinear, weight_of
 from cospadi.model.layers import CospadiLinear, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Executor, Outcome
-from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember
+from cospadi.pipeline.fit_task import CPU, FitTask, InputMetric, Statistics, TaskMember
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
@@ -45,6 +48,10 @@ class Job:
         Modules that had to stay dense.
     calibration_seconds : float
         Time spent on activations, fits not counted.
+    device : torch.device
+        Where the fits run. Finished factors lie on the CPU, as the model does.
+    products : {"float32", "tf32"}
+        See `cospadi.learn.options.LearnOptions`.
     """
 
     def __init__(
@@ -58,6 +65,9 @@ class Job:
         work: WorkDir,
         log: EventLog,
         executor: Executor,
+        *,
+        device: torch.device = CPU,
+        products: Products = "float32",
     ) -> None:
         self.source = source
         self.targets = targets
@@ -66,6 +76,8 @@ class Job:
         self.fisher = fisher
         self.work = work
         self.log = log
+        self.device = device
+        self.products: Products = products
         self.planned = {module.name: module for module in plan.modules}
         self.groups = plan.groups
         self.executor = executor
@@ -153,6 +165,10 @@ class Job:
 
     def _run_sequential(self, grams: GramSource) -> None:
         """Fit in the order of execution; what is finished runs in the compressed stream."""
+        with placed(self.source.model, self.device, whole=True):
+            self._run_sequential_here(grams)
+
+    def _run_sequential_here(self, grams: GramSource) -> None:
         ids = grams.calibration.ids
         chooses = self.recipe.shrinkage is None
         held_back = max(1, ids.shape[0] // HELD_BACK_SHARE) if chooses else 0
@@ -204,7 +220,10 @@ class Job:
             for name, weight in weights.items()
         }
 
-    def _layer(self, name: str) -> CospadiLinear:
+    def _layer(self, name: str) -> torch.nn.Module:
+        if self.device != CPU:
+            # thousands of tokens: the dense product is the fast one
+            return dense_linear(self.factors[name], self.device)
         return CospadiLinear.from_factor(
             self.factors[name], dtype=torch.float32, layer_type=self.planned[name].layer_type
         )
@@ -254,7 +273,7 @@ class Job:
             method=self.recipe.method,
             size=FactorSize(plan.n_identity, plan.n_atoms, plan.sparsity),
             types=dataclasses.replace(plan.types, rounding=self.recipe.coeffs_rounding),
-            options=self.recipe.learn_options(),
+            options=dataclasses.replace(self.recipe.learn_options(), products=self.products),
             refit=self.recipe.refit,
             objective=self.recipe.group_objective,
             bias_dtype=STORAGE_DTYPES[self.recipe.storage_dtype],

@@ -18,6 +18,7 @@ from statistics import mean
 from torch import Tensor
 
 from cospadi.calibration.fisher import FisherStore
+from cospadi.calibration.placement import placed
 from cospadi.calibration.probe import measure_losses
 from cospadi.errors import FitError
 from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve
@@ -83,13 +84,14 @@ def loss_curves(
     fitted = _coarse_fits(grams, fisher, pending, work, ratios)
     for part in _by_bytes([target for target in pending if target.name in fitted], ratios):
         changes = {t.name: _changes(work, t.name, len(ratios[t.name])) for t in part}
-        losses = measure_losses(
-            grams.source.model,
-            changes,
-            grams.calibration.ids[: recipe.backward_samples],
-            seed=recipe.seed,
-            progress=lambda done, total: log.progress("backward", done=done, total=total),
-        )
+        with placed(grams.source.model, grams.device, whole=True):
+            losses = measure_losses(
+                grams.source.model,
+                changes,
+                grams.calibration.ids[: recipe.backward_samples],
+                seed=recipe.seed,
+                progress=lambda done, total: log.progress("backward", done=done, total=total),
+            )
         for name, values in losses.items():
             measured[name] = values
             work.store_record("curves", name, {"losses": values})
@@ -183,16 +185,17 @@ def _coarse_fits(
     for finished in grams.collect(list(pending.values())):
         while finished.grams:
             item = finished.grams.pop(next(iter(finished.grams)))
+            gram = item.gram.to(grams.device)
             try:
-                whitening = whiten_gram(item.gram, item.members[0])
+                whitening = whiten_gram(gram, item.members[0])
             except WhiteningError:
                 continue  # the fit says so, and keeps them dense
             for name in item.members:
                 metric, output = whitening, None
                 if fisher is not None:
-                    metric, output = fisher_metrics(fisher, pending[name], item.gram, whitening)
-                weight, _ = weight_of(grams.source.model, pending[name])
-                given = FitInput(name, weight, None, item.gram, metric, output=output)
+                    metric, output = fisher_metrics(fisher, pending[name], gram, whitening)
+                weight = weight_of(grams.source.model, pending[name])[0].to(grams.device)
+                given = FitInput(name, weight, None, gram, metric, output=output)
                 factors = _coarse_factors(given, grams.recipe, ratios[name])
                 if factors is None:
                     grams.log.emit(
@@ -240,7 +243,8 @@ def _coarse_factors(
             ((factor, _),) = fit([given], settings)
         except FitError:
             return None
-        changes.append((given.weight - factor.dense_weight()).bfloat16())
+        approximation = factor.dense_weight(device=given.weight.device)
+        changes.append((given.weight - approximation).bfloat16().cpu())
     return changes
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration.blockwise import BlockwiseDecoder
+from cospadi.calibration.placement import placed
 from cospadi.calibration.reconstruction import (
     BlockResult,
     ReconstructionOptions,
@@ -56,16 +57,17 @@ def reconstruct(job: Job, grams: GramSource) -> list[dict[str, Any]]:
     }
     summaries = _resume(job)
     finished = {name: job.factors[name] for summary in summaries for name in summary["members"]}
-    for result in reconstruct_blocks(
-        job.source.model,
-        job.factors,
-        ids,
-        options,
-        shared=shared,
-        finished=finished,
-        progress=lambda done, total: job.log.progress("reconstruction", done=done, total=total),
-    ):
-        summaries.append(_commit(job, result))
+    with placed(job.source.model, grams.device, whole=True):
+        for result in reconstruct_blocks(
+            job.source.model,
+            job.factors,
+            ids,
+            options,
+            shared=shared,
+            finished=finished,
+            progress=lambda done, total: job.log.progress("reconstruction", done=done, total=total),
+        ):
+            summaries.append(_commit(job, result))
     _restate_errors(job, grams, [name for summary in summaries for name in summary["members"]])
     return sorted(summaries, key=lambda summary: int(summary["block"]))
 
@@ -75,7 +77,8 @@ def check_blockwise(grams: GramSource) -> None:
     ids = grams.calibration.ids[: grams.recipe.batch_size]
     was_training = grams.source.model.training
     grams.source.model.eval()
-    BlockwiseDecoder(grams.source.model).prepare(ids)
+    with placed(grams.source.model, grams.device, whole=True):
+        BlockwiseDecoder(grams.source.model).prepare(ids)
     grams.source.model.train(was_training)
 
 
@@ -127,8 +130,9 @@ def _restate_errors(job: Job, grams: GramSource, names: Sequence[str]) -> None:
         for item in finished.grams.values():
             for name in item.members:
                 report = job.reports[name]
-                weight = weight_of(job.source.model, job.targets[name])[0]
-                approximation = job.factors[name].dense_weight(torch.float64)
+                weight = weight_of(job.source.model, job.targets[name])[0].to(grams.device)
+                approximation = job.factors[name].dense_weight(torch.float64, device=grams.device)
                 report["fitted_error"] = report["relative_error"]
-                report["relative_error"] = relative_error(item.gram, weight, approximation)
+                gram = item.gram.to(grams.device)
+                report["relative_error"] = relative_error(gram, weight, approximation)
                 report["weight_error"] = weight_error(weight, approximation)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cospadi.calibration.fisher import FisherStore
+from cospadi.calibration.placement import placed
 from cospadi.learn.output_metric import OutputMetric, output_metric
 from cospadi.learn.whitening import Whitening, WhiteningError, whiten_gram
 from cospadi.model.discover import TargetLinear
@@ -30,19 +31,20 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
         Keeps the matrices.
     """
     recipe, log = grams.recipe, grams.log
-    store = FisherStore(
-        folder,
-        grams.source.model,
-        grams.calibration.ids[: recipe.backward_samples],
-        weights=grams.source.fingerprint,
-        seed=recipe.seed,
-    )
     limit = recipe.max_gram_gb
-    seconds = store.prepare(
-        targets,
-        max_bytes=None if limit is None else int(limit * 2**30),
-        progress=lambda done, total: log.progress("backward", done=done, total=total),
-    )
+    with placed(grams.source.model, grams.device, whole=True):
+        store = FisherStore(
+            folder,
+            grams.source.model,
+            grams.calibration.ids[: recipe.backward_samples],
+            weights=grams.source.fingerprint,
+            seed=recipe.seed,
+        )
+        seconds = store.prepare(
+            targets,
+            max_bytes=None if limit is None else int(limit * 2**30),
+            progress=lambda done, total: log.progress("backward", done=done, total=total),
+        )
     log.emit("fisher", n_matrices=len(targets), seconds=round(seconds, 2))
     return store
 
@@ -59,7 +61,7 @@ def fisher_metrics(
     target : TargetLinear
         Module.
     gram : torch.Tensor
-        ``[d_in, d_in]`` float64 activation Gram.
+        ``[d_in, d_in]`` float64 activation Gram; the metrics lie on its device.
     whitening : Whitening
         Of it.
 
@@ -80,10 +82,11 @@ def fisher_metrics(
 def fisher_grams(
     fisher: FisherStore, target: TargetLinear, gram: torch.Tensor
 ) -> tuple[torch.Tensor | None, OutputMetric | None]:
-    """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient, and the output metric."""
-    output = output_metric(fisher.load(target), target.name)
+    """Gram to whiten in place of ``gram [d_in, d_in]``, where a few tokens carry the gradient, and output metric; on its device."""
+    output = output_metric(fisher.load(target).to(gram.device), target.name)
     weighted = fisher.load_weighted_gram(target)
     if output is None or weighted is None:
         return None, output
+    weighted = weighted.to(gram.device)
     share = float(gram.diagonal().mean() / weighted.diagonal().mean())
     return PLAIN_SHARE * gram + (1.0 - PLAIN_SHARE) * share * weighted, output

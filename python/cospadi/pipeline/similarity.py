@@ -41,7 +41,8 @@ def groups_by_similarity(
     groups: list[tuple[str, ...]] = []
     for run, metric in zip(runs, metrics, strict=True):
         by_name = {target.name: target for target in targets}
-        weights = [weight_of(source.model, by_name[name])[0] for name in run]
+        place = metric.factor.device
+        weights = [weight_of(source.model, by_name[name])[0].to(place) for name in run]
         distances = whitened_distances(weights, metric)
         groups += [
             tuple(run[i] for i in members)
@@ -65,6 +66,7 @@ def _mean_metrics(
             item = finished.grams.pop(next(iter(finished.grams)))
             for name in item.members:
                 # each layer counts alike, whatever the size of its activations
-                scaled = item.gram / item.gram.diagonal().mean().clamp_min(1e-300)
+                gram = item.gram.to(grams.device)
+                scaled = gram / gram.diagonal().mean().clamp_min(1e-300)
                 sums[run_of[name]] = sums[run_of[name]] + scaled
     return [whiten_gram(sums[index], run[0]) for index, run in enumerate(runs)]
