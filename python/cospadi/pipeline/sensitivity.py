@@ -82,7 +82,10 @@ def fisher_metrics(
 def fisher_grams(
     fisher: FisherStore, target: TargetLinear, gram: torch.Tensor
 ) -> tuple[torch.Tensor | None, OutputMetric | None]:
-    """Gram to whiten in place of ``gram [d_in, d_in]``, where a few tokens carry the gradient, and output metric; on its device."""
+    """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient; output metric.
+
+    Both lie on the device of `gram`.
+    """
     output = output_metric(fisher.load(target).to(gram.device), target.name)
     weighted = fisher.load_weighted_gram(target)
     if output is None or weighted is None:
