@@ -19,6 +19,7 @@ T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
+void bind_cuda(py::module_& m);
 void bind_cuda_fit(py::module_& m);
 void bind_dictionary(py::module_& m);
 void bind_gemm(py::module_& m);

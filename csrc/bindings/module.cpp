@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_unavailable_reason", &cospadi::cuda_unavailable_reason);
   m.def("default_thread_count", &cospadi::default_thread_count);
 
+  cospadi::bindings::bind_cuda(m);
   cospadi::bindings::bind_cuda_fit(m);
   cospadi::bindings::bind_dictionary(m);
   cospadi::bindings::bind_gemm(m);

@@ -8,7 +8,8 @@ if(NOT COSPADI_CUDA STREQUAL "OFF")
   if(CMAKE_CUDA_COMPILER)
     set(COSPADI_HAS_CUDA ON)
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120-real 120-virtual)
+      # sm_86 and sm_89 run the code of sm_80, of the same major version.
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120-real 120-virtual)
     endif()
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
@@ -29,7 +30,16 @@ function(cospadi_add_cuda target)
     # CMake 3.25 does not know nvcc 13's C++20 flag
     CUDA_STANDARD 17 CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden)
+  # architectures side by side, on as many threads as there are processors
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=0>)
   target_sources(${target} PRIVATE
-    csrc/cuda/device.cu csrc/cuda/code_steps.cu csrc/cuda/omp.cu csrc/cuda/select.cu)
+    csrc/cuda/code_steps.cu
+    csrc/cuda/device.cu
+    csrc/cuda/expand.cu
+    csrc/cuda/multiply_dense.cu
+    csrc/cuda/multiply_few.cu
+    csrc/cuda/multiply_tensor.cu
+    csrc/cuda/omp.cu
+    csrc/cuda/select.cu)
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
 endfunction()

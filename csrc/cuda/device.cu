@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/device.hpp"
+#include "cuda/operands.hpp"
 
 namespace cospadi::cuda {
 
@@ -19,5 +20,11 @@ const char* unavailable_reason() noexcept {
   if (status != cudaSuccess) return cudaGetErrorString(status);
   return count > 0 ? "" : "no CUDA device is visible";
 }
+
+int current_device(int* device) noexcept { return cudaGetDevice(device); }
+
+int set_device(int device) noexcept { return cudaSetDevice(device); }
+
+const char* status_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 }  // namespace cospadi::cuda

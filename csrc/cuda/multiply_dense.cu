@@ -5,6 +5,7 @@
 // whole sector of the memory. Each thread keeps kUnroll loads in flight while it multiplies the
 // ones before.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"

@@ -8,6 +8,7 @@
 // 128 positions: it has a quarter of an addition's rate, and a count per 32 positions would take
 // longer than the memory.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/columns.cuh"
 #include "cuda/launch.cuh"
@@ -181,7 +182,7 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
 }
 
 template <class V, int kRows, ZPlace kPlace>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     few_kernel(RowsOperand z, CodeOperand s, OutputOperand y, FewPlan plan) {
   uint8_t* shared = dynamic_shared<uint8_t>();
   float* z_shared = reinterpret_cast<float*>(shared);

@@ -7,6 +7,44 @@ def cuda_built() -> bool: ...
 def cuda_device_count() -> int: ...
 def cuda_unavailable_reason() -> str: ...
 def default_thread_count() -> int: ...
+
+_Code = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+
+def cuda_code_gemm(
+    device: int,
+    stream: int,
+    way: int,
+    z_dtype: int,
+    rows: int,
+    first: int,
+    first_stride: int,
+    n_first: int,
+    second: int,
+    second_stride: int,
+    n_second: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    y_dtype: int,
+    code: _Code,
+    /,
+) -> None: ...
+def cuda_dense_gemm(
+    device: int,
+    stream: int,
+    dtype: int,
+    rows: int,
+    x: int,
+    x_stride: int,
+    d_in: int,
+    dictionary: int,
+    dictionary_stride: int,
+    n_atoms: int,
+    y: int,
+    /,
+) -> None: ...
+def cuda_expand(device: int, stream: int, dtype: int, out: int, code: _Code, /) -> None: ...
+def cuda_decode(device: int, stream: int, out: int, code: _Code, /) -> None: ...
 def linear(
     x: int,
     x_dtype: int,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cospadi import native, ops
+from cospadi import native, ops, ops_cuda
 from cospadi.errors import InputError
 
 __all__ = ["linear"]
@@ -62,9 +62,9 @@ def linear(
     Raises
     ------
     InputError
-        Wrong dtype or shape (CPU).
+        Wrong dtype, device or shape.
     CudaUnavailableError
-        `x` is a CUDA tensor, and the products have no CUDA kernel.
+        `x` is a CUDA tensor, and this build has no CUDA kernels.
 
     Notes
     -----
@@ -185,7 +185,7 @@ def _register() -> None:
     library = torch.library.Library("cospadi", "FRAGMENT")
     library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl("linear", _cpu, "CPU")
-    library.impl("linear", _composed, "CUDA")
+    library.impl("linear", ops_cuda.linear, "CUDA")
     torch.library.register_fake("cospadi::linear", _fake, lib=library)
     # The registration ends with this object, so it must outlive a reloaded or re-imported module.
     namespace._linear_library = library

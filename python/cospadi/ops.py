@@ -3,18 +3,16 @@
 ``torch.ops.cospadi.sparse_gemm(z, mask, coeffs, bias)``, ``torch.ops.cospadi.packed_gemm(z, mask, codes, sparsity,
 code_format, scale, group, bias)`` and ``torch.ops.cospadi.decode_coeffs(codes, sparsity, code_format, scale, group)``
 are defined when this module is imported. The contract is this file: schema, fake (shapes only), one implementation per
-device, gradient.
+device (those of CUDA in `cospadi.ops_cuda`), gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cospadi import native
-from cospadi.errors import CudaUnavailableError
+from cospadi import native, ops_cuda
 
 __all__ = ["decode_coeffs", "packed_gemm", "sparse_gemm"]
 
@@ -52,9 +50,9 @@ def sparse_gemm(
     Raises
     ------
     InputError
-        Wrong dtype or shape (CPU).
+        Wrong dtype, device or shape.
     CudaUnavailableError
-        `z` is a CUDA tensor: this version has no CUDA kernel.
+        `z` is a CUDA tensor, and this build has no CUDA kernels.
 
     Notes
     -----
@@ -105,9 +103,9 @@ def packed_gemm(
     Raises
     ------
     InputError
-        Wrong dtype, shape, format, group or sparsity (CPU).
+        Wrong dtype, device, shape, format, group or sparsity.
     CudaUnavailableError
-        `z` is a CUDA tensor: this version has no CUDA kernel.
+        `z` is a CUDA tensor, and this build has no CUDA kernels.
 
     Notes
     -----
@@ -142,9 +140,9 @@ def decode_coeffs(
     Raises
     ------
     InputError
-        Wrong dtype, shape, format, group or sparsity (CPU).
+        Wrong dtype, device, shape, format, group or sparsity.
     CudaUnavailableError
-        `codes` is a CUDA tensor: this version has no CUDA kernel.
+        `codes` is a CUDA tensor, and this build has no CUDA kernels.
     """
     result: torch.Tensor = torch.ops.cospadi.decode_coeffs(
         codes, sparsity, code_format, scale, group
@@ -175,23 +173,6 @@ def _decode_cpu(
     codes: torch.Tensor, sparsity: int, code_format: str, scale: torch.Tensor | None, group: int
 ) -> torch.Tensor:
     return native.decode_coeffs(codes, sparsity, code_format, scale, group)
-
-
-def _cuda_stub(name: str, argument: str) -> Callable[..., torch.Tensor]:
-    """Return what the operator `name` does where its first argument is a CUDA tensor."""
-
-    def refuse(first: torch.Tensor, *_: object) -> torch.Tensor:
-        raise CudaUnavailableError(
-            f"{name}: {argument} is on {first.device}, but this version has CPU kernels only; "
-            "move the model to the CPU with model.to('cpu')"
-        )
-
-    return refuse
-
-
-_cuda = _cuda_stub("sparse_gemm", "z")
-_packed_cuda = _cuda_stub("packed_gemm", "z")
-_decode_cuda = _cuda_stub("decode_coeffs", "codes")
 
 
 def _fake(
@@ -373,9 +354,9 @@ def _register() -> None:
     for schema in _SCHEMAS:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for name, cpu, cuda, fake in (
-        ("sparse_gemm", _cpu, _cuda, _fake),
-        ("packed_gemm", _packed_cpu, _packed_cuda, _packed_fake),
-        ("decode_coeffs", _decode_cpu, _decode_cuda, _decode_fake),
+        ("sparse_gemm", _cpu, ops_cuda.sparse_gemm, _fake),
+        ("packed_gemm", _packed_cpu, ops_cuda.packed_gemm, _packed_fake),
+        ("decode_coeffs", _decode_cpu, ops_cuda.decode_coeffs, _decode_fake),
     ):
         library.impl(name, cpu, "CPU")
         library.impl(name, cuda, "CUDA")

@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "versions": set(),
     "native": {"_C", "native"},
     "reference": set(),
-    "ops": {"native"},
-    "linear_op": {"ops", "native"},
+    "ops": {"native", "ops_cuda"},
+    "ops_cuda": {"native"},
+    "linear_op": {"ops", "ops_cuda", "native"},
     "factor": {"native"},
     "sparse_coding": {"native"},  # of use without a model
     "sparse_dictionary": {"sparse_coding"},

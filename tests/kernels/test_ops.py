@@ -9,7 +9,7 @@ import torch
 from sparse_problems import FLOATS, assert_close, dense_of, make_problem
 
 from cospadi import ops
-from cospadi.errors import CudaUnavailableError, InputError
+from cospadi.errors import InputError
 
 OP = "cospadi::sparse_gemm"
 
@@ -158,10 +158,3 @@ def test_wrong_arguments():
         ops.sparse_gemm(z.double(), mask, coeffs, bias)
     with pytest.raises(InputError, match="z: expected shape"):
         ops.sparse_gemm(torch.zeros(()), mask, coeffs, bias)
-
-
-def test_cuda_tensors_are_turned_down():
-    """Called as the dispatcher would: the message must not need a GPU to be tested."""
-    z, mask, coeffs, bias = make_problem(2, 33, 17, 9)
-    with pytest.raises(CudaUnavailableError, match="this version has CPU kernels only"):
-        ops._cuda(z, mask, coeffs, bias)

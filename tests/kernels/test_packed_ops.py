@@ -8,7 +8,7 @@ from packed_problems import coeffs_of, full_mask, make_packed
 from sparse_problems import FLOATS, assert_close
 
 from cospadi import native, ops
-from cospadi.errors import CudaUnavailableError, InputError
+from cospadi.errors import InputError
 
 FORMS = [("bfloat14", 0), ("int8", 0), ("int4", 4)]
 
@@ -139,12 +139,3 @@ def test_wrong_arguments():
         ops.packed_gemm(torch.zeros(2, 41), *rest)
     with pytest.raises(InputError, match="z: expected float32"):
         ops.packed_gemm(z.double(), *rest)
-
-
-def test_cuda_tensors_are_turned_down():
-    """Called as the dispatcher would: the message must not need a GPU to be tested."""
-    problem = make(2, ("int8", 0))
-    with pytest.raises(CudaUnavailableError, match="packed_gemm: z is on cpu, but this version"):
-        ops._packed_cuda(*problem)
-    with pytest.raises(CudaUnavailableError, match="decode_coeffs: codes is on cpu, but this"):
-        ops._decode_cuda(*problem[2:7])

@@ -10,6 +10,17 @@ import typer
 from cospadi.cli.common import write_json
 
 
+def _cuda_kernels(runtime: dict[str, object], torch_has_cuda: bool) -> str:
+    """Say what CUDA tensors can be used for here, and what is missing for more."""
+    if not runtime["cuda_built"]:
+        return "none: this build has no CUDA (build where nvcc is on PATH)"
+    if not runtime["cuda_devices"]:
+        return "built, not usable: no CUDA device or driver"
+    if not torch_has_cuda:
+        return "built, not usable: torch sees no CUDA device (a CPU build of torch?)"
+    return "inference"
+
+
 def doctor_command(
     json_out: Path | None = typer.Option(None, "--json", help="Write as JSON; - for stdout."),
 ) -> None:
@@ -21,12 +32,13 @@ def doctor_command(
     from cospadi import native
     from cospadi.versions import versions
 
+    runtime = native.runtime_info()
     info: dict[str, object] = {
         **versions(),
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
-        **native.runtime_info(),
-        "cuda_kernels": "none in this version",
+        **runtime,
+        "cuda_kernels": _cuda_kernels(runtime, torch.cuda.is_available()),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

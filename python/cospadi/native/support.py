@@ -27,15 +27,26 @@ def check_tensor(
     tensor: torch.Tensor,
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
     *,
     any_device: bool = False,
 ) -> None:
-    """Raise `InputError` unless `tensor` is a strided CPU tensor of this shape (None: any size) and dtype."""
+    """Raise `InputError` unless `tensor` is strided, has this shape (None: any size) and dtype, and is on `device`.
+
+    Without `device`, on the CPU.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise InputError(
             f"{function}: {name}: expected a torch.Tensor, got {type(tensor).__name__}"
         )
-    if not (tensor.is_cpu or (any_device and not tensor.is_meta)) or tensor.layout != torch.strided:
+    if device is not None:
+        if tensor.device != device or tensor.layout != torch.strided:
+            raise InputError(
+                f"{function}: {name}: expected a strided tensor on {device}, got {tensor.layout} on {tensor.device}"
+            )
+    elif (
+        not (tensor.is_cpu or (any_device and not tensor.is_meta)) or tensor.layout != torch.strided
+    ):
         raise InputError(
             f"{function}: {name}: expected a strided CPU tensor, got {tensor.layout} on {tensor.device}; call .cpu()"
         )
