@@ -28,7 +28,7 @@ def normal(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("size", [(1, 1), (3, 33), (7, 256), (50, 2704), (5, 14700), (2, 70001)])
 def test_kernel_select(size, dtype):
     scores = normal(*size, dtype=dtype).abs()
-    scores[:, ::3] = scores[:, :1]  # ties
+    scores[:, ::3] = scores[:, :1].clone()  # ties
     for count in sorted({1, (size[1] + 1) // 2, max(size[1] - 1, 1), size[1]}):
         found = native.select_largest(scores.cuda(), count)
         assert torch.equal(found.cpu(), native.select_largest(scores, count)), count
@@ -160,9 +160,12 @@ D_OUT, D_IN = 192, 128
 OPTIONS = LearnOptions(iterations=3, tolerance=0.0)
 FITS = {
     "augmented": FitSettings("cospadi", FactorSize(D_IN, 16, 56), StorageTypes(), OPTIONS),
-    "tf32": FitSettings(
-        "cospadi", FactorSize(D_IN, 16, 56), StorageTypes(), LearnOptions(products="tf32")
-    ),
+    **{
+        products: FitSettings(
+            "cospadi", FactorSize(D_IN, 16, 56), StorageTypes(), LearnOptions(products=products)
+        )
+        for products in ("tf32", "tf32x3")
+    },
     "int4": FitSettings("cospadi", FactorSize(D_IN, 16, 56), StorageTypes(coeffs="int4"), OPTIONS),
     "low rank": FitSettings("cospadi", FactorSize(0, 30, 30), StorageTypes(), OPTIONS),
     **{

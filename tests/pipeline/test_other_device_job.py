@@ -79,5 +79,5 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch, tiny_model_dir, tmp_pa
         checked_device("cuda")
     with pytest.raises(InputError, match="expected cpu or cuda"):
         checked_device("tpu")
-    with pytest.raises(InputError, match="products: expected float32 or tf32"):
+    with pytest.raises(InputError, match="products: expected one of float32, tf32x3, tf32"):
         compress(tiny_model_dir("llama"), tmp_path / "out", products="fp8")

@@ -136,7 +136,7 @@ def collect_fisher(
 class _Accumulator:
     """Sums over the tokens of one module; the first batch decides whether its gradient is concentrated."""
 
-    def __init__(self, d_out: int, device: torch.device) -> None:
+    def __init__(self, d_out: int, device: torch.device | None = None) -> None:
         self.matrix = torch.zeros((d_out, d_out), dtype=torch.float32, device=device)
         self.gram: Tensor | None = None
         self._started = False

@@ -44,7 +44,9 @@ def compress_command(
         None, help="Folder that keeps activation statistics for further runs."
     ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
-    tf32: bool = typer.Option(False, "--tf32", help="On a GPU, faster products of 10-bit inputs."),
+    products: str = typer.Option(
+        "float32", help="On a GPU, of the largest products: float32, tf32x3 or tf32."
+    ),
     threads: int | None = typer.Option(
         None, help="Threads of every process; all cores by default, divided among the workers."
     ),
@@ -71,7 +73,7 @@ def compress_command(
             out,
             built,
             device=device,
-            products="tf32" if tf32 else "float32",
+            products=products,
             num_threads=threads,
             workers=workers,
             executor=executor,  # type: ignore[arg-type]

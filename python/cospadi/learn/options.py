@@ -52,9 +52,9 @@ class LearnOptions:
         step. Slower is better and takes longer.
     seed : int
         Of the random inits.
-    products : {"float32", "tf32"}
-        On a CUDA device, of the largest product in a step of the rise of augmented dictionaries. A run's choice and no
-        setting of recipes.
+    products : {"float32", "tf32x3", "tf32"}
+        On a CUDA device, of the largest product in a step of the rise of augmented dictionaries, see
+        `cospadi.learn.precision`. A run's choice and no setting of recipes.
     """
 
     solver: Solver = "auto"

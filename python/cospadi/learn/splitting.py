@@ -23,7 +23,7 @@ from cospadi.learn.coding.problem import support_mask
 from cospadi.learn.deferred import DeferredChecks
 from cospadi.learn.member import Member
 from cospadi.learn.mod import RELATIVE_RIDGE, relative_ridge
-from cospadi.learn.precision import Products, products_in
+from cospadi.learn.precision import Products, multiply
 from cospadi.learn.refit import solve_on_support, solve_on_support_jointly
 from cospadi.learn.result import FloatFactor, top_support
 
@@ -49,8 +49,8 @@ class Split:
         ``[d_in, K]`` learned atoms to start from, K >= 0.
     checks : DeferredChecks, optional
         Receives the factorisations' results, which the caller looks at.
-    products : {"float32", "tf32"}
-        Of the product with the inverse, on a CUDA device.
+    products : {"float32", "tf32x3", "tf32"}
+        Of the product with the inverse, on a CUDA device (`cospadi.learn.precision`).
 
     Attributes
     ----------
@@ -203,9 +203,7 @@ class Split:
         lower = ridged_factor(self.problem.gram, ridge, self._checks)
         if right.shape[0] < lower.shape[0]:
             return torch.cholesky_solve(right.T, lower).T
-        inverse = torch.cholesky_inverse(lower)
-        with products_in(self._products, right.device):
-            return right @ inverse
+        return multiply(right, torch.cholesky_inverse(lower), self._products)
 
     def _place_atoms(self) -> None:
         """Products of the unit-norm atoms with one another and with the (rotated) signals."""

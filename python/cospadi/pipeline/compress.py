@@ -112,7 +112,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "cpu",
-    products: Products = "float32",
+    products: str = "float32",
     num_threads: int | None = None,
     workers: int | None = None,
     executor: ExecutorKind = "local",
@@ -134,7 +134,7 @@ def compress(
     device : {"cpu", "cuda"}
         Where activations, gradients and fits are computed. The model and everything finished stay on the CPU; what is
         needed of them is moved. Rounding to integers with feedback runs on the CPU always. A resumed run may change it.
-    products : {"float32", "tf32"}
+    products : {"float32", "tf32x3", "tf32"}
         On a CUDA device, arithmetic of the largest products of a fit (`cospadi.learn.precision`).
     num_threads : int, optional
         Threads of torch and of the native kernels, in every process. All cores by default, divided among `workers`;
@@ -163,7 +163,7 @@ def compress(
     recipe = _with_settings(recipe, settings)
     place = checked_device(device)
     if products not in PRODUCTS:
-        raise InputError(f"products: expected {' or '.join(PRODUCTS)}, got {products!r}")
+        raise InputError(f"products: expected one of {', '.join(PRODUCTS)}, got {products!r}")
     out_dir = check_output(out)
     if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
         raise InputError(f"{out_dir}: lies inside the model's own folder; choose another --out")

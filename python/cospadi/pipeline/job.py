@@ -50,7 +50,7 @@ class Job:
         Time spent on activations, fits not counted.
     device : torch.device
         Where the fits run. Finished factors lie on the CPU, as the model does.
-    products : {"float32", "tf32"}
+    products : {"float32", "tf32x3", "tf32"}
         See `cospadi.learn.options.LearnOptions`.
     """
 
