@@ -60,7 +60,7 @@ def compressed_smollm2(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def serve(vllm_venv, tmp_path) -> Callable[..., VllmServer]:
-    """Return a function that starts ``vllm serve FOLDER`` with options; servers end with the test."""
+    """Return a function that starts a server of a folder, with options; servers end with the test."""
     servers: list[VllmServer] = []
 
     def start(folder: Path, *options: str) -> VllmServer:

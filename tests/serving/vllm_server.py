@@ -1,4 +1,8 @@
-"""``vllm serve`` as a process, and its OpenAI-compatible completions."""
+"""vLLM's OpenAI-compatible server as a process, and its completions.
+
+It is started as a module, which is what ``vllm serve`` does: the command itself asks for the version of a package named
+vllm, and the CPU build that is used here has another name.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +40,14 @@ class VllmServer:
     log : Path
         Takes what the server prints.
     options : sequence of str
-        More options of ``vllm serve``.
+        More options of the server.
     """
 
     def __init__(self, venv: Path, folder: Path, log: Path, options: Sequence[str] = ()) -> None:
         self.port, self.log = free_port(), log
         command = [
-            *(str(venv / "bin" / "vllm"), "serve", str(folder)),
+            *(str(venv / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(folder)),
             *("--dtype", "float32", "--max-model-len", "256", "--block-size", "128"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "small"),
             *options,

@@ -69,6 +69,10 @@ class CospadiHfConfig(QuantizationConfigMixin):
         """Return a JSON form that shares nothing with the config."""
         return copy.deepcopy(self.data.to_dict())
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return all of it: transformers 5.0 prints differences from defaults, and there are none."""
+        return self.to_dict()
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
@@ -170,8 +174,8 @@ class CospadiHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that the factors are not trained."""
-        return False
+        """Tell that gradients go through the layers to adapters on them; the factors stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
