@@ -53,7 +53,10 @@ def test_a_node_killed_in_the_middle_changes_nothing(tiny_model_dir, tiny_text, 
             **settings,
         )
         killer.join(timeout=60)
-        assert len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
+        deadline = time.monotonic() + 60  # the cluster takes its time to say so
+        while sum(node["Alive"] for node in ray.nodes()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert [node["Alive"] for node in ray.nodes()].count(True) == 1
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -42,7 +42,9 @@ def greedy_tokens(model, prompts, n_tokens) -> list[list[int]]:
 @pytest.mark.parametrize("kind", ["plain", "shared", "int8"])
 def test_same_greedy_tokens(serve, compressed_smollm2, kind):
     folder = compressed_smollm2(kind)
-    server = serve(folder, "--enforce-eager")  # compiling takes minutes; test_tiny_engine.py does it
+    server = serve(
+        folder, "--enforce-eager"
+    )  # compiling takes minutes; test_tiny_engine.py does it
     model, tokenizer = cospadi.load(folder, dtype=torch.float32)
     prompts = prompts_of(tokenizer)
     expected = greedy_tokens(model, prompts, N_TOKENS)

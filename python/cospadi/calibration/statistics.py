@@ -234,7 +234,9 @@ def input_groups(
 
 def probe_tokens(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the first tokens [1, at most 64] on the model's device: enough to see which modules are called."""
-    return ids[:1, :_PROBE_TOKENS].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    probe = ids[:1, :_PROBE_TOKENS]
+    return probe if device.type == "meta" else probe.to(device)
 
 
 def plan_passes(groups: Sequence[InputGroup], max_gram_bytes: int | None) -> list[list[InputGroup]]:
@@ -271,7 +273,7 @@ def _stop_block(part: Sequence[InputGroup], blocks: Sequence[nn.Module]) -> nn.M
 
 
 def finish_grams(part: Sequence[InputGroup], observer: GramObserver) -> dict[str, ActivationGram]:
-    """Return the Grams that an observer has gathered, and let it forget them.
+    """Return the Grams that an observer has gathered; it gives them up one by one.
 
     Raises
     ------

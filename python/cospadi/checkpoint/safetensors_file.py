@@ -18,7 +18,7 @@ from cospadi.checkpoint.strict_json import MAX_JSON_BYTES, brief_text, parse_jso
 from cospadi.errors import CheckpointError
 from cospadi.factor import MAX_ELEMENTS, brief
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -35,6 +35,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""Types by the names that headers have for them."""
 _MAX_DIMS = 8
 _TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,1024}")
 
@@ -147,7 +148,7 @@ def _parse_entry(path: Path, name: str, item: object, data_start: int) -> Tensor
     if not isinstance(item, dict):
         raise CheckpointError(f"{where}: expected an object, got {brief(item)}")
     dtype_key = item.get("dtype")
-    if not isinstance(dtype_key, str) or dtype_key not in _DTYPES:
+    if not isinstance(dtype_key, str) or dtype_key not in DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {brief(dtype_key)}")
     shape = _sizes(item.get("shape"), f"{where}: shape")
     if len(shape) > _MAX_DIMS:
@@ -155,7 +156,7 @@ def _parse_entry(path: Path, name: str, item: object, data_start: int) -> Tensor
     offsets = _sizes(item.get("data_offsets"), f"{where}: data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets must be two ascending numbers")
-    dtype = _DTYPES[dtype_key]
+    dtype = DTYPES[dtype_key]
     nbytes = prod(shape) * dtype.itemsize
     if prod(shape) >= MAX_ELEMENTS or nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(

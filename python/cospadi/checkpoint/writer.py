@@ -91,7 +91,7 @@ def write_checkpoint(
         `config_data` contradicts itself about a shared dictionary.
     """
     extra_files = dict(extra_files or {})
-    _check_extra_names([*extra_files, *(run.files if run is not None else ())])
+    check_extra_names([*extra_files, *(run.files if run is not None else ())])
     _check_description(model, config_data)
     with new_folder(out_dir) as folder:
         save_model(model, stored_state(model, config_data, dtype), folder, max_shard_size)
@@ -162,10 +162,22 @@ def stored_state(
             continue
         target = types.get(name, dtype) if tensor.is_floating_point() else tensor.dtype
         state[name] = done[key] = tensor.detach().to(target)
+    # which shard a tensor goes to must not depend on how transformers put the model together
+    state = {name: state[name] for name in sorted(state, key=natural_key)}
     for name, entry in modules.items():
         tensors = {part: state[full] for part, full in entry.factor_tensors(name).items()}
         SparseFactor.from_tensors(entry.spec, tensors).validate(name, entry.leader)
     return state
+
+
+def natural_key(name: str) -> tuple[tuple[int, str, int], ...]:
+    """Sorts tensor names by their parts, numbers by value and before words, as transformers does."""
+    parts = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        number = part[len(text) :]
+        parts.append((1 if text else 0, text, int(number) if number else -1))
+    return tuple(parts)
 
 
 def save_model(
@@ -197,7 +209,8 @@ def hold_config(folder: Path, changes: Mapping[str, Any]) -> None:
     path.unlink()
 
 
-def _check_extra_names(names: Sequence[str]) -> None:
+def check_extra_names(names: Sequence[str]) -> None:
+    """Refuse names that are no plain file names, or taken."""
     for name in names:
         if _EXTRA_NAME.fullmatch(name) is None or name in (CONFIG_FILE, MANIFEST_FILE, RUN_FILE):
             raise InputError(

@@ -53,6 +53,10 @@ def compress_command(
     workers: int | None = typer.Option(
         None, help="Processes that fit; 0: only those that join with 'cospadi worker OUT.work'."
     ),
+    max_memory: str | None = typer.Option(
+        None, help="Memory of all processes of the run, such as 2GB; what does not fit is streamed."
+    ),
+    spill: bool = typer.Option(False, "--spill", help="Keep hidden states on disk."),
     executor: str = typer.Option(
         "local", help="local or ray (an existing cluster, or one made here)."
     ),
@@ -76,6 +80,8 @@ def compress_command(
             products=products,
             num_threads=threads,
             workers=workers,
+            max_memory=max_memory,
+            spill=spill,
             executor=executor,  # type: ignore[arg-type]
             gram_cache=gram_cache,
             listener=listener.handle,

@@ -15,6 +15,7 @@ from cospadi.cli.common import (
     quiet_libraries,
     write_json,
 )
+from cospadi.cli.live import duration
 
 
 def plan_command(
@@ -43,11 +44,17 @@ def plan_command(
     ignore: options.Ignore = None,
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
+    max_memory: str | None = typer.Option(
+        None, help="Memory of all processes of the run; the plan says how it would be kept."
+    ),
+    workers: int | None = typer.Option(None, help="Processes that fit."),
     json_out: Path | None = typer.Option(
         None, "--json", help="Write the plan as JSON; - for stdout."
     ),
 ) -> None:
-    """Show what compress would do to MODEL: sizes and bytes, what stays dense and why. Reads no weights.
+    """Show what compress would do to MODEL: sizes and bytes, what stays dense and why; memory, disk, time.
+
+    Reads no weights. Memory and disk are bounds, interpreter included; time is estimated from this machine's speed now.
 
     Takes the options of compress that say what is to be done. With allocation by loss, or dictionary auto, sizes are
     those of even shares and augmented dictionaries: what linears get is decided by their fits.
@@ -58,13 +65,15 @@ def plan_command(
     from cospadi.model.discover import discover
     from cospadi.model.source import source_shapes
     from cospadi.pipeline.plan import make_plan
+    from cospadi.pipeline.resources import resources
     from cospadi.pipeline.target_size import with_ratio_for_size
 
     shapes = source_shapes(model).model
     targets, skipped = discover(shapes, targets=built.targets or None, ignore=built.ignore or None)
     built = with_ratio_for_size(shapes, targets, skipped, built)
     plan = make_plan(targets, skipped, built)
-    write_json(json_out, plan.to_mapping())
+    found = resources(model, shapes, targets, plan, built, max_memory=max_memory, workers=workers)
+    write_json(json_out, plan.to_mapping() | {"resources": found})
     if str(json_out) == "-":
         return
     kinds = Counter(m.spec for m in plan.modules)
@@ -82,4 +91,14 @@ def plan_command(
     typer.echo(
         f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} in bfloat16 -> "
         f"{megabytes(plan.stored_bits / 8)}; {describe_ratio(plan.ratio)}"
+    )
+    for way in found["ways"]:
+        typer.echo(
+            f"{'* ' if way['is_chosen'] else '  '}memory {megabytes(way['peak_bytes'])} {way['how']}; disk "
+            f"{megabytes(way['work_disk_bytes'])} while it runs, {megabytes(way['output_bytes'])} in the end"
+        )
+    seconds = found["seconds"]
+    typer.echo(
+        f"time, about: calibration {duration(seconds['calibration'])}, fits {duration(seconds['fits'])} with "
+        f"{found['threads']} threads" + (f" in each of {workers} workers" if workers else "")
     )

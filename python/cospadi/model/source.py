@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from cospadi.errors import InputError
+from cospadi.model.discover import TargetLinear, weight_of
 from cospadi.model.files import (
     WeightCount,
     blamed_key,
@@ -76,6 +77,10 @@ class SourceModel:
     path: Path
     notes: tuple[str, ...] = ()
 
+    def weight(self, target: TargetLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a target, see `cospadi.model.discover.weight_of`."""
+        return weight_of(self.model, target)
+
 
 @dataclass(eq=False)
 class SourceShapes:
@@ -123,10 +128,10 @@ def open_source(
     if location.gguf_file is None:
         stored = check_weight_files(location.folder)
         check_tokenizer_files(location.folder)
-    config = _load_config(location, stored)
+    config = load_config(location, stored)
     if stored is not None:
-        _check_size(config, stored, location.name)
-    tokenizer = _load_tokenizer(location)
+        check_size(config, stored, location.name)
+    tokenizer = load_tokenizer(location)
     model, notes = _load_model(location, config)
     _check_finite(model, location.name)
     _check_runs(model, tokenizer, location.name)
@@ -137,7 +142,7 @@ def open_source(
         config=model.config,
         name=location.name,
         kind=location.kind,
-        fingerprint=_fingerprint(location),
+        fingerprint=location_fingerprint(location),
         path=path,
         notes=notes,
     )
@@ -151,7 +156,7 @@ def source_shapes(
     Parameters and errors are those of `open_source`, except that weights and tokenizer are not looked at.
     """
     location = resolve(name_or_path, gguf_file=gguf_file, revision=revision, with_weights=False)
-    config = _load_config(location, None)
+    config = load_config(location, None)
     model = _meta_model(config, location.name)
     return SourceShapes(model.eval(), config, location.name, location.kind)
 
@@ -163,12 +168,13 @@ def source_fingerprint(
 
     Parameters and errors are those of `open_source`, as far as finding the files goes.
     """
-    return _fingerprint(
+    return location_fingerprint(
         resolve(name_or_path, gguf_file=gguf_file, revision=revision, with_weights=True)
     )
 
 
-def _load_config(location: Location, stored: WeightCount | None) -> PretrainedConfig:
+def load_config(location: Location, stored: WeightCount | None) -> PretrainedConfig:
+    """Configuration of a causal language model; errors as for `open_source`."""
     from transformers import AutoConfig
 
     name = location.name
@@ -183,7 +189,7 @@ def _load_config(location: Location, stored: WeightCount | None) -> PretrainedCo
         raw = read_json(location.folder / "config.json")
         check_raw_config(raw, name)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(location.folder, **location.load_arguments)
             text_config = config.get_text_config()
             layers = getattr(text_config, "num_hidden_layers", None)
@@ -225,7 +231,7 @@ def _meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise InputError(
@@ -234,7 +240,7 @@ def _meta_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
         ) from error
 
 
-def _check_size(config: PretrainedConfig, stored: WeightCount, name: str) -> None:
+def check_size(config: PretrainedConfig, stored: WeightCount, name: str) -> None:
     """Refuse a config that describes much more than there is.
 
     transformers would allocate and initialise all of it before it reports what is missing.
@@ -249,11 +255,12 @@ def _check_size(config: PretrainedConfig, stored: WeightCount, name: str) -> Non
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model, which must know some tokens."""
     from transformers import AutoTokenizer
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.load_arguments)
         probe = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
     except Exception as error:
@@ -282,7 +289,7 @@ def _load_model(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         # the GGUF reader draws its progress bar on stderr, whatever transformers' settings say
-        with _quiet_transformers(), redirect_stderr(io.StringIO()):
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
             model, info = AutoModelForCausalLM.from_pretrained(
                 location.folder,
                 config=config,
@@ -409,7 +416,7 @@ def _first_non_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:
     return found[0] if found else type(model).__name__
 
 
-def _fingerprint(location: Location) -> str:
+def location_fingerprint(location: Location) -> str:
     """Hash the files that decide the weights."""
     if location.gguf_file is not None:
         files = [location.folder / location.gguf_file]
@@ -429,7 +436,7 @@ def _fingerprint(location: Location) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and advice while loading; problems reach the user as errors instead."""
     from transformers.utils import logging
 

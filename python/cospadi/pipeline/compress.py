@@ -20,7 +20,14 @@ from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputEr
 from cospadi.factor import removed_shares
 from cospadi.learn.precision import PRODUCTS, Products
 from cospadi.model.discover import Skipped, TargetLinear, discover
-from cospadi.model.source import SourceModel, open_source
+from cospadi.model.locate import resolve
+from cospadi.model.source import SourceModel, open_source, source_shapes
+from cospadi.model.streamed import (
+    StreamedSource,
+    StreamingUnsupported,
+    check_streamable,
+    open_streamed,
+)
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.executor import (
@@ -33,9 +40,10 @@ from cospadi.pipeline.executor import (
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
+from cospadi.pipeline.memory import Needs, available_bytes, bound_heap, choose_layout
 from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
-from cospadi.pipeline.recipe_file import recipe_from_mapping
+from cospadi.pipeline.recipe_file import parse_size, recipe_from_mapping
 from cospadi.pipeline.reconstruction import check_blockwise, reconstruct
 from cospadi.pipeline.sensitivity import prepare_fisher
 from cospadi.pipeline.similarity import groups_by_similarity
@@ -116,6 +124,8 @@ def compress(
     num_threads: int | None = None,
     workers: int | None = None,
     executor: ExecutorKind = "local",
+    max_memory: str | int | None = None,
+    spill: bool = False,
     gram_cache: str | Path | None = None,
     listener: Listener | None = None,
     **settings: Any,  # noqa: ANN401
@@ -145,6 +155,11 @@ def compress(
         worker <out>.work`` may run on any machine that sees the directory.
     executor : {"local", "ray"}
         Who starts the workers: this process, or a Ray cluster (`workers` then bounds the fits at a time).
+    max_memory : str or int, optional
+        Bound on the memory of this process and of its workers, interpreter and libraries (about 380 MB) included, such
+        as ``"2GB"``. Without it, a model that does not fit what is available is streamed as well.
+    spill : bool
+        Keep hidden states in a file, which streams the model.
     gram_cache : str or Path, optional
         Folder that keeps activation Grams, for several compressions of one model with one calibration set.
     listener : callable, optional
@@ -168,12 +183,32 @@ def compress(
     if Path(model).is_dir() and Path(model).resolve() in out_dir.resolve().parents:
         raise InputError(f"{out_dir}: lies inside the model's own folder; choose another --out")
     _check_workers(workers, executor, place)
+    if place.type != "cpu" and (max_memory is not None or spill):
+        raise InputError(
+            "max_memory, spill: a streamed model runs on the CPU; give device cuda without them"
+        )
     work_dir = out_dir.with_name(out_dir.name + ".work")
     _set_threads(num_threads, work_dir, workers)
 
     if listener is not None:
         listener({"event": "loading", "model": str(model)})
-    source = open_source(model)
+    needs = None
+    if place.type == "cpu":
+        needs = plan_run(
+            model,
+            recipe,
+            max_memory=max_memory,
+            spill=spill,
+            workers=workers,
+            cached=gram_cache is not None,
+        )
+    source: SourceModel | StreamedSource
+    if needs is not None and needs.layout.is_streamed:
+        bound_heap()
+        source = open_streamed(model)
+        recipe = dataclasses.replace(recipe, batch_size=needs.layout.batch_size)
+    else:
+        source = open_source(model)
     # what can be refused is refused before anything is written
     recipe = with_ratio_for_size(source.model, *_plan_inputs(source, recipe), recipe)
     calibration = _load_calibration(recipe, source)
@@ -193,6 +228,7 @@ def compress(
                     out_dir,
                     gram_cache,
                     start,
+                    needs,
                     place,
                     products,
                 )
@@ -211,7 +247,7 @@ def compress(
 
 
 def _run(
-    source: SourceModel,
+    source: SourceModel | StreamedSource,
     calibration: CalibrationSet | None,
     recipe: Recipe,
     work: WorkDir,
@@ -220,6 +256,7 @@ def _run(
     out_dir: Path,
     gram_cache: str | Path | None,
     start: float,
+    needs: Needs | None,
     device: torch.device,
     products: Products,
 ) -> CompressResult:
@@ -231,7 +268,11 @@ def _run(
         # the search for similar layers and the allocation read all Grams, the fits read them again
         reads_twice = by_similarity or recipe.allocation == "loss"
         folder = gram_cache or (work.path / "grams" if reads_twice else None)
-        grams = GramSource(source, calibration, recipe, folder and Path(folder), log, device)
+        layout = needs.layout if needs is not None else None
+        spill = work.path if layout is not None and layout.is_spilled else None
+        grams = GramSource(
+            source, calibration, recipe, folder and Path(folder), log, layout, spill, device
+        )
         if recipe.reconstruction == "blockwise":
             check_blockwise(grams)
     targets, skipped = _plan_inputs(source, recipe)
@@ -247,6 +288,8 @@ def _run(
     plan = make_plan(
         targets, skipped, recipe, groups=groups, ratios=allocation.ratios if allocation else None
     )
+    if needs is not None:
+        log.emit("memory", peak_bytes=needs.peak_bytes, **vars(needs.layout))
     log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
     for note in source.notes:
         log.emit("warning", text=note)
@@ -304,6 +347,58 @@ def _run(
     return result
 
 
+def plan_run(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    max_memory: str | int | None = None,
+    spill: bool = False,
+    workers: int | None = None,
+    cached: bool = False,
+) -> Needs | None:
+    """Choose how a compression is run, from the model's configuration and file sizes alone.
+
+    Returns
+    -------
+    Needs or None
+        None where nothing was asked for and the model has room to spare.
+
+    Raises
+    ------
+    InputError
+        `max_memory` does not suffice, or the model cannot be planned.
+    """
+    limit = None if max_memory is None else parse_size(max_memory, "max_memory")
+    if limit is not None:
+        bound_heap()
+    location = resolve(model, gguf_file=None, revision=None, with_weights=True)
+    files = list(location.folder.glob("*.safetensors")) if location.gguf_file is None else []
+    stored = sum(file.stat().st_size for file in files)
+    if limit is None and not spill and (not stored or 3 * stored < available_bytes()):
+        return None
+    shapes = source_shapes(model).model
+    targets, skipped = discover(
+        shapes, targets=recipe.targets or None, ignore=recipe.ignore or None
+    )
+    recipe = with_ratio_for_size(shapes, targets, skipped, recipe)
+    can_stream = bool(files) and not cached
+    if can_stream:
+        try:
+            check_streamable(model)
+        except StreamingUnsupported:
+            can_stream = False
+    return choose_layout(
+        shapes,
+        targets,
+        make_plan(targets, skipped, recipe),
+        recipe,
+        limit=limit,
+        spill=spill,
+        can_stream=can_stream,
+        workers=workers,
+    )
+
+
 def _check_workers(workers: int | None, executor: str, device: torch.device) -> None:
     if executor not in get_args(ExecutorKind):
         raise InputError(f"executor: expected local or ray, got {executor!r}")
@@ -347,7 +442,7 @@ def _executor(
     return QueueExecutor(work, log, workers, most_bytes=queued_bytes(work.path))
 
 
-def stored_dtype(source: SourceModel) -> str | None:
+def stored_dtype(source: SourceModel | StreamedSource) -> str | None:
     """Type that the source's own config names; None where it names none (GGUF files)."""
     config = source.path / "config.json"
     try:
@@ -358,7 +453,9 @@ def stored_dtype(source: SourceModel) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _plan_inputs(source: SourceModel, recipe: Recipe) -> tuple[list[TargetLinear], list[Skipped]]:
+def _plan_inputs(
+    source: SourceModel | StreamedSource, recipe: Recipe
+) -> tuple[list[TargetLinear], list[Skipped]]:
     return discover(source.model, targets=recipe.targets or None, ignore=recipe.ignore or None)
 
 
@@ -422,7 +519,9 @@ def checked_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | None:
+def _load_calibration(
+    recipe: Recipe, source: SourceModel | StreamedSource
+) -> CalibrationSet | None:
     """Calibration windows that fit the model; None where nothing uses them."""
     if not recipe.uses_calibration:
         return None
@@ -442,7 +541,7 @@ def _load_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet | N
 
 
 def _run_settings(
-    source: SourceModel, calibration: CalibrationSet | None, recipe: Recipe
+    source: SourceModel | StreamedSource, calibration: CalibrationSet | None, recipe: Recipe
 ) -> dict[str, Any]:
     return {
         "weights": source.fingerprint,

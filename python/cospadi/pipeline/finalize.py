@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from cospadi import __version__
 from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
+from cospadi.checkpoint.stream_writer import write_streamed
 from cospadi.checkpoint.writer import RunRecord, write_checkpoint
 from cospadi.factor import STORAGE_DTYPES
 from cospadi.model.layers import build_layers, replace_modules
 from cospadi.model.source import SourceModel
+from cospadi.model.streamed import StreamedSource, tied_names
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.report import REPORT_FILE, report_data, split_report
 from cospadi.pipeline.stored_factors import StoredFactors
@@ -25,7 +27,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def write_output(
-    source: SourceModel,
+    source: SourceModel | StreamedSource,
     factors: StoredFactors,
     result: CompressResult,
     recipe: Recipe,
@@ -48,25 +50,38 @@ def write_output(
         producer={"cospadi": __version__, "method": recipe.method},
     )
     data.ratio = data.removed_shares()
-    replace_modules(
-        source.model,
-        build_layers(
-            dict(factors), leaders, layer_types={name: planned[name].layer_type for name in factors}
-        ),
-    )
     everything = report_data(source, data, result, recipe, calibration, versions)
     report, run = split_report(everything)
     card = model_card(report, has_tokenizer=source.tokenizer is not None)
+    files = {
+        REPORT_FILE: json.dumps(report, indent=1, allow_nan=False) + "\n",
+        RECIPE_FILE: recipe.to_yaml(),
+        "README.md": card,
+    }
+    record = RunRecord(run, {PAGE_FILE: compression_page(everything)})
+    dtype = STORAGE_DTYPES[recipe.storage_dtype]
+    if isinstance(source, StreamedSource):
+        write_streamed(
+            source.model,
+            source.tokenizer,
+            data,
+            result.out_dir,
+            read=source.read_stored,
+            factor=factors.__getitem__,
+            unstored=tied_names,
+            extra_files=files,
+            run=record,
+            dtype=dtype,
+        )
+        return
+    layer_types = {name: planned[name].layer_type for name in factors}
+    replace_modules(source.model, build_layers(dict(factors), leaders, layer_types=layer_types))
     write_checkpoint(
         source.model,
         source.tokenizer,
         data,
         result.out_dir,
-        extra_files={
-            REPORT_FILE: json.dumps(report, indent=1, allow_nan=False) + "\n",
-            RECIPE_FILE: recipe.to_yaml(),
-            "README.md": card,
-        },
-        run=RunRecord(run, {PAGE_FILE: compression_page(everything)}),
-        dtype=STORAGE_DTYPES[recipe.storage_dtype],
+        extra_files=files,
+        run=record,
+        dtype=dtype,
     )

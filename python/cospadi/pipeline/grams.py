@@ -11,10 +11,13 @@ import torch
 from cospadi.calibration.cache import collect_cached_grams
 from cospadi.calibration.data import CalibrationSet
 from cospadi.calibration.statistics import GramPass, collect_grams
+from cospadi.calibration.streamed import collect_streamed_grams
 from cospadi.model.discover import TargetLinear
 from cospadi.model.source import SourceModel
+from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.fit_task import CPU
+from cospadi.pipeline.memory import Layout
 from cospadi.pipeline.recipe import Recipe
 
 
@@ -34,15 +37,21 @@ class GramSource:
         Keeps the Grams for later runs.
     log : EventLog
         Receives progress, and a warning for every stored Gram that cannot be used.
+    layout : Layout or None
+        How a streamed model is run.
+    spill : Path or None
+        Folder for hidden states.
     device : torch.device
         Where activations, gradients and fits are computed. Grams come on the CPU, where the model lies.
     """
 
-    source: SourceModel
+    source: SourceModel | StreamedSource
     calibration: CalibrationSet
     recipe: Recipe
     folder: Path | None
     log: EventLog
+    layout: Layout | None = None
+    spill: Path | None = None
     device: torch.device = CPU
 
     def progress(self, done: int, total: int) -> None:
@@ -53,6 +62,18 @@ class GramSource:
         """Yield the Grams of the targets' inputs, see `cospadi.calibration.statistics.collect_grams`."""
         limit = self.recipe.max_gram_gb
         max_gram_bytes = None if limit is None else int(limit * 2**30)
+        if isinstance(self.source, StreamedSource):
+            if self.layout is not None and self.layout.max_gram_bytes is not None:
+                max_gram_bytes = self.layout.max_gram_bytes
+            return collect_streamed_grams(
+                self.source,
+                targets,
+                self.calibration.ids,
+                batch_size=self.recipe.batch_size,
+                max_gram_bytes=max_gram_bytes,
+                folder=self.spill,
+                progress=self.progress,
+            )
         if self.folder is None:
             return collect_grams(
                 self.source.model,

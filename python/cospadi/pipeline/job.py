@@ -18,9 +18,10 @@ from cospadi.factor import STORAGE_DTYPES, FactorSpec
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.precision import Products
-from cospadi.model.discover import Skipped, TargetLinear, weight_of
+from cospadi.model.discover import Skipped, TargetLinear
 from cospadi.model.layers import CospadiLinear, replace_modules
 from cospadi.model.source import SourceModel
+from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Executor, Outcome
 from cospadi.pipeline.fit_task import CPU, FitTask, InputMetric, Statistics, TaskMember
@@ -56,7 +57,7 @@ class Job:
 
     def __init__(
         self,
-        source: SourceModel,
+        source: SourceModel | StreamedSource,
         targets: dict[str, TargetLinear],
         plan: Plan,
         recipe: Recipe,
@@ -229,7 +230,7 @@ class Job:
         )
 
     def _weight(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return weight_of(self.source.model, self.targets[name])
+        return self.source.weight(self.targets[name])
 
     def _take(self, name: str, statistics: Statistics) -> None:
         """Fit the module's group once the statistics of all its members are there."""

@@ -168,13 +168,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | int, setting: str = "target_size") -> int:
     """Bytes of ``120MB``, ``1.5 GB``, ``900 KiB`` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", text.lower())
+    match = re.fullmatch(
+        r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", str(text).lower(), re.ASCII
+    )
     if match is None or (match[3] and not match[2]):
-        raise InputError(f"target_size: expected bytes such as 120MB or 1.5GiB, got {text!r}")
+        raise InputError(f"{setting}: expected bytes such as 120MB or 1.5GiB, got {text!r:.80}")
     unit = 1024 if match[3] else 1000
-    return int(float(match[1]) * unit ** " kmg".index(match[2] or " "))
+    return int(float(match[1]) * unit ** " kmgt".index(match[2] or " "))
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

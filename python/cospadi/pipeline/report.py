@@ -18,6 +18,7 @@ from cospadi.checkpoint.strict_json import check_plain, read_json_object
 from cospadi.errors import CheckpointError, InputError
 from cospadi.factor import removed_shares
 from cospadi.model.source import SourceModel
+from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.recipe import Recipe
 from cospadi.report.card import PAGE_FILE
 from cospadi.report.compression_page import compression_page
@@ -41,7 +42,7 @@ BF16_BYTES = 2
 
 
 def report_data(
-    source: SourceModel,
+    source: SourceModel | StreamedSource,
     data: CospadiConfigData,
     result: CompressResult,
     recipe: Recipe,
@@ -53,7 +54,7 @@ def report_data(
     Parameters
     ----------
     source : SourceModel
-        With the compressed layers in their places.
+        The original model; the compressed layers may be in their places.
     data : CospadiConfigData
         Of the checkpoint.
     """
@@ -172,11 +173,13 @@ def _sizes(entry: ModuleEntry) -> dict[str, Any]:
 
 def _other_values(model: nn.Module, data: CospadiConfigData) -> int:
     """Values of a model that are stored as they are: all but the compressed weights; tied ones count once."""
-    compressed = set(data.expected_tensors())
+    replaced = {f"{name}.weight" for name in data.modules}
+    compressed = (set(data.expected_tensors()) | replaced) - {f"{n}.bias" for n in data.modules}
     others = {
-        (tensor.data_ptr(), tensor.shape): tensor.numel()
-        for name, tensor in model.state_dict().items()
-        if name not in compressed or name.endswith(".bias")
+        # without data all addresses are equal, and tied tensors are one object
+        (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape): tensor.numel()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in compressed
     }
     return sum(others.values())
 

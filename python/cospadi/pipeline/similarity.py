@@ -12,13 +12,14 @@ from cospadi.learn.grouping import whitened_distances
 from cospadi.learn.whitening import Whitening, identity_whitening, whiten_gram
 from cospadi.model.discover import TargetLinear, weight_of
 from cospadi.model.source import SourceModel
+from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import sharing_runs
 from cospadi.pipeline.recipe import Recipe
 
 
 def groups_by_similarity(
-    source: SourceModel,
+    source: SourceModel | StreamedSource,
     targets: Sequence[TargetLinear],
     recipe: Recipe,
     grams: GramSource | None,

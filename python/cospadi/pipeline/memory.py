@@ -1,0 +1,332 @@
+"""What a compression takes, in bytes and in seconds, before it begins; and how it is run within a bound.
+
+Estimates are upper bounds of what was measured with this package (``bench/soak/memory.py`` measures them again): a fit
+takes ``32 MiB + 13 P + 3 Q`` with ``P = 8 d_in d_out`` and ``Q = 8 d_in^2`` bytes at most, whatever the method.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cospadi.errors import InputError
+from cospadi.factor import STORAGE_DTYPES
+from cospadi.model.discover import TargetLinear, decoder_blocks
+from cospadi.pipeline.plan import Plan
+from cospadi.pipeline.recipe import Recipe
+
+_FIXED_FIT_BYTES = 32 << 20
+_OPENING_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
+_LIBRARY_BYTES = 16 << 20
+"""What libraries take when they are first used."""
+_MOST_BUFFERED_ROWS = 4096
+# A fit's floating-point operations per unit of `ModulePlan.cost`: seconds of six shapes at one thread, times the speed
+# of a product of matrices at the time.
+_FLOPS_PER_COST = 550.0
+_MMAP_THRESHOLD = 1 << 20
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a compression is run.
+
+    Attributes
+    ----------
+    is_streamed : bool
+        One decoder block at a time in memory; otherwise the whole model.
+    is_spilled : bool
+        Hidden states in a file.
+    batch_size : int
+        Windows per forward pass.
+    max_gram_bytes : int or None
+        Bound on the Grams held at a time.
+    """
+
+    is_streamed: bool
+    is_spilled: bool
+    batch_size: int
+    max_gram_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a layout needs.
+
+    Attributes
+    ----------
+    layout : Layout
+        Of which.
+    base_bytes : int
+        Interpreter and libraries, measured in this process.
+    stages : dict
+        Bytes above them by stage; the largest decides.
+    worker_bytes : int
+        Of all worker processes together.
+    work_disk_bytes, output_bytes : int
+        On the disk, while it runs and in the end.
+    """
+
+    layout: Layout
+    base_bytes: int
+    stages: dict[str, int]
+    worker_bytes: int
+    work_disk_bytes: int
+    output_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of all processes."""
+        return self.base_bytes + max(self.stages.values()) + self.worker_bytes
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int:
+    """Memory that this machine, or this process's control group, can still give."""
+    found = []
+    with suppress(OSError, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]))
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        found.append(limit - int((group / "memory.current").read_text()))
+    return min(found) if found else 1 << 62
+
+
+def bound_heap() -> None:
+    """Let freed tensors go back to the system: glibc otherwise keeps what lies below its growing threshold."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+
+
+def must_load(recipe: Recipe, targets: Sequence[TargetLinear]) -> str | None:
+    """The setting because of which the model has to be in memory as a whole; None where it may be streamed."""
+    for name, off in (
+        ("reconstruction", "none"),
+        ("output_metric", "none"),
+        ("allocation", "uniform"),
+        ("sequential", False),
+    ):
+        if getattr(recipe, name) != off:
+            return f"{name} {getattr(recipe, name)}"
+    if recipe.group_size > 1:
+        return f"group_size {recipe.group_size}"
+    outside = next((t.name for t in targets if t.block is None), None)
+    return None if outside is None else f"target {outside} outside the decoder blocks"
+
+
+def choose_layout(
+    model: nn.Module,
+    targets: Sequence[TargetLinear],
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    limit: int | None,
+    spill: bool = False,
+    can_stream: bool = True,
+    workers: int | None = None,
+) -> Needs:
+    """The first way of running a compression that fits.
+
+    Loaded as a whole; streamed; with hidden states on disk; with one Gram at a time; with smaller batches, the only
+    step that changes a bit of the result.
+
+    Parameters
+    ----------
+    model, targets, plan, recipe
+        What is to be done; parameters may be without data.
+    limit : int or None
+        Bytes of all processes of the run, interpreter included. None: what is available now, for the choice between
+        loading and streaming only.
+    spill : bool
+        Hidden states on disk in any case.
+    can_stream : bool
+        Whether the files allow it.
+    workers : int, optional
+        Local worker processes.
+
+    Raises
+    ------
+    InputError
+        Nothing fits the limit; names the smallest figure and what forbids less.
+    """
+    hindrance = must_load(recipe, targets)
+    if hindrance is None and not can_stream:
+        hindrance = "a source that is no folder of safetensors files with the model's own names"
+    layouts = possible_layouts(targets, recipe, spill=spill, is_streamable=hindrance is None)
+    if not layouts:
+        raise InputError(f"spill: {hindrance} needs the whole model in memory; leave it out")
+    needs = [estimate(model, targets, plan, recipe, layout, workers) for layout in layouts]
+    if limit is None:
+        bound = available_bytes() + resident_bytes()
+        fitting = [found for found in needs if found.peak_bytes <= bound]
+        return fitting[0] if fitting else needs[-1]
+    for found in needs:
+        if found.peak_bytes <= limit:
+            return found
+    least = min(needs, key=lambda item: item.peak_bytes)
+    stage = max(least.stages, key=lambda name: least.stages[name])
+    because = f"; {hindrance} needs the whole model" if hindrance else ""
+    raise InputError(
+        f"max_memory: {limit / 1e6:.0f} MB do not suffice, the least is {least.peak_bytes / 1e6:.0f} MB "
+        f"({least.base_bytes / 1e6:.0f} MB of interpreter and libraries; the largest stage: {stage}){because}"
+    )
+
+
+def possible_layouts(
+    targets: Sequence[TargetLinear], recipe: Recipe, *, spill: bool, is_streamable: bool
+) -> list[Layout]:
+    """Ways of running a compression, in the order of `choose_layout`."""
+    gram_bytes = None if recipe.max_gram_gb is None else int(recipe.max_gram_gb * 2**30)
+    largest = max((8 * t.d_in**2 for t in targets), default=0)
+    loaded = Layout(False, False, recipe.batch_size, gram_bytes)
+    layouts = [] if spill else [loaded]
+    if is_streamable:
+        streamed = replace(loaded, is_streamed=True)
+        one_gram = replace(streamed, is_spilled=True, max_gram_bytes=largest)
+        if not spill:
+            layouts.append(streamed)
+        layouts += [replace(streamed, is_spilled=True), one_gram]
+        size = recipe.batch_size // 2
+        while size and recipe.uses_calibration:
+            layouts.append(replace(one_gram, batch_size=size))
+            size //= 2
+    return layouts
+
+
+def fit_bytes(d_in: int, d_out: int) -> int:
+    """Bound on the memory of one fit, Gram and weight included."""
+    return _FIXED_FIT_BYTES + 13 * 8 * d_in * d_out + 3 * 8 * d_in * d_in
+
+
+def estimate(
+    model: nn.Module,
+    targets: Sequence[TargetLinear],
+    plan: Plan,
+    recipe: Recipe,
+    layout: Layout,
+    workers: int | None = None,
+) -> Needs:
+    """What a layout takes; arguments as for `choose_layout`."""
+    blocks = dict(decoder_blocks(model))
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    in_blocks = {id(p) for block in blocks.values() for p in block.parameters()}
+    all_values = sum(sizes.values())
+    outside = sum(n for key, n in sizes.items() if key not in in_blocks)
+    tensor = max(sizes.values())
+    block_values = max(sum(p.numel() for p in block.parameters()) for block in blocks.values())
+    tokens = min(layout.batch_size, recipe.samples) * recipe.sequence_length
+    width = max(t.d_in for t in targets)
+    embedding = getattr(model.get_input_embeddings(), "embedding_dim", width)  # type: ignore[operator]
+    hidden = 4 * recipe.samples * recipe.sequence_length * embedding
+    widest = max(max(t.d_in, t.d_out) for t in targets)
+    activations = 4 * tokens * (6 * embedding + 4 * widest) if recipe.uses_calibration else 0
+    grams, waiting = _gram_bytes(targets, recipe, layout)
+    fit = max(
+        fit_bytes(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()
+    )
+    if workers:
+        fit = max(8 * m.d_in**2 + 8 * m.d_in * m.d_out for m in plan.modules)
+    stored = plan.stored_bits // 8
+    width_out = STORAGE_DTYPES[recipe.storage_dtype].itemsize
+    rest = all_values - sum(m.d_in * m.d_out for m in plan.modules)
+    output = stored + width_out * rest
+    largest_factor = max(m.spec.stored_bits for m in plan.modules) // 8
+    if layout.is_streamed:
+        kept = 0 if layout.is_spilled or not recipe.uses_calibration else hidden
+        stages = {
+            "opening the files": _OPENING_BYTES,
+            "embedding the tokens": 4 * outside + _CHUNK_BYTES + 8 * tokens * embedding + kept,
+            "calibration of a block": 4 * block_values + _CHUNK_BYTES + activations + grams + kept,
+            "fits": fit + waiting + kept,
+            "writing": (4 + width_out) * tensor + 3 * largest_factor,
+        }
+        if not recipe.uses_calibration:
+            del stages["embedding the tokens"], stages["calibration of a block"]
+    else:
+        weights = 4 * all_values
+        stages = {
+            "calibration": weights + activations + grams,
+            "fits": weights + fit + waiting,
+            "writing": weights + output,
+        }
+        if recipe.sequential or recipe.reconstruction != "none":
+            stages["calibration"] += 2 * hidden + 8 * block_values
+    queue = 0
+    worker = 0
+    if workers:
+        one = max(fit_bytes(m.d_in, m.d_out) for m in plan.modules)
+        worker = workers * (min(resident_bytes(), 300 << 20) + one)
+        queue = min(sum(8 * m.d_in**2 + 4 * m.d_in * m.d_out for m in plan.modules), 16 << 30)
+    return Needs(
+        layout,
+        resident_bytes() + _LIBRARY_BYTES,
+        stages,
+        worker,
+        stored + (hidden if layout.is_spilled else 0) + queue,
+        output,
+    )
+
+
+def _gram_bytes(targets: Sequence[TargetLinear], recipe: Recipe, layout: Layout) -> tuple[int, int]:
+    """Grams of a pass with the rows that are gathered for them; and those that wait while the largest is used."""
+    if not recipe.uses_calibration:
+        return 0, 0
+    inputs: dict[tuple[int | None, str], int] = {(t.block, t.input_group): t.d_in for t in targets}
+    by_block: dict[int | None, list[int]] = defaultdict(list)
+    for (block, _), d_in in inputs.items():
+        by_block[block if layout.is_streamed else None].append(d_in)
+    most = waiting = 0
+    for widths in by_block.values():
+        total = sum(8 * d * d for d in widths)
+        if layout.max_gram_bytes is not None:
+            total = min(total, max(layout.max_gram_bytes, 8 * max(widths) ** 2))
+        share = total / sum(8 * d * d for d in widths)
+        rows = sum(4 * d * min(2 * d, _MOST_BUFFERED_ROWS) for d in widths)
+        most = max(most, total + int(share * rows) + 4 * 192 * max(widths))
+        waiting = max(waiting, total - 8 * max(widths) ** 2)
+    return most, waiting
+
+
+def estimate_seconds(
+    model: nn.Module, targets: Sequence[TargetLinear], plan: Plan, recipe: Recipe
+) -> dict[str, float]:
+    """About how long calibration and fits take with this process's threads, from the speed of a product just now."""
+    speed = _flops_per_second()
+    tokens = recipe.samples * recipe.sequence_length
+    blocks = sum(p.numel() for _, block in decoder_blocks(model) for p in block.parameters())
+    inputs = {(t.block, t.input_group): t.d_in for t in targets}
+    flops = 2.0 * tokens * blocks + sum(1.0 * tokens * d * d for d in inputs.values())
+    fits = sum(module.cost for module in plan.modules) * _FLOPS_PER_COST
+    return {
+        "calibration": flops / speed if recipe.uses_calibration else 0.0,
+        "fits": fits / speed,
+    }
+
+
+def _flops_per_second() -> float:
+    size = 768
+    a = torch.randn(size, size)
+    a @ a  # the first call sets libraries up
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -1,0 +1,103 @@
+"""What ``plan`` says about memory, disk and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cospadi.model.discover import TargetLinear
+from cospadi.model.streamed import StreamingUnsupported, check_streamable
+from cospadi.pipeline.memory import (
+    Layout,
+    choose_layout,
+    estimate,
+    estimate_seconds,
+    must_load,
+    possible_layouts,
+)
+from cospadi.pipeline.plan import Plan
+from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.recipe_file import parse_size
+
+
+def resources(
+    model: str | Path,
+    shapes: nn.Module,
+    targets: Sequence[TargetLinear],
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    max_memory: str | int | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Every way of running a compression with what it takes, as plain data.
+
+    Parameters
+    ----------
+    model : str or Path
+        The source; only its headers are read.
+    shapes : nn.Module
+        Its structure without data.
+    targets, plan, recipe
+        What is to be done.
+    max_memory, workers
+        As for `cospadi.pipeline.compress.compress`.
+
+    Returns
+    -------
+    dict
+        ``ways`` (each with ``how``, ``peak_bytes``, ``stages``, ``work_disk_bytes``, ``output_bytes`` and whether it is
+        the one that would be taken), ``seconds`` by stage, ``threads``.
+
+    Raises
+    ------
+    InputError
+        `max_memory` does not suffice.
+    """
+    can_stream = True
+    if Path(model).exists():  # a plan downloads nothing
+        try:
+            check_streamable(model)
+        except StreamingUnsupported:
+            can_stream = False
+    limit = None if max_memory is None else parse_size(max_memory, "max_memory")
+    chosen = choose_layout(
+        shapes, targets, plan, recipe, limit=limit, can_stream=can_stream, workers=workers
+    )
+    is_streamable = can_stream and must_load(recipe, targets) is None
+    layouts = possible_layouts(targets, recipe, spill=False, is_streamable=is_streamable)
+    seconds = estimate_seconds(shapes, targets, plan, recipe)
+    if workers:
+        seconds["fits"] /= workers
+    ways = []
+    for layout in layouts:
+        needs = estimate(shapes, targets, plan, recipe, layout, workers)
+        ways.append(
+            {
+                "how": _described(layout, recipe),
+                "is_chosen": layout == chosen.layout,
+                "peak_bytes": needs.peak_bytes,
+                "stages": needs.stages,
+                "work_disk_bytes": needs.work_disk_bytes,
+                "output_bytes": needs.output_bytes,
+            }
+        )
+    return {"ways": ways, "seconds": seconds, "threads": torch.get_num_threads()}
+
+
+def _described(layout: Layout, recipe: Recipe) -> str:
+    if not layout.is_streamed:
+        return "with the whole model loaded"
+    text = "streamed, one block at a time"
+    if layout.is_spilled:
+        text += ", hidden states on disk"
+    limit = recipe.max_gram_gb
+    if layout.max_gram_bytes != (None if limit is None else int(limit * 2**30)):
+        text += ", one Gram at a time"
+    if layout.batch_size != recipe.batch_size:
+        text += f", batches of {layout.batch_size} (other rounding)"
+    return text
