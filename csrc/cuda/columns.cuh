@@ -15,6 +15,12 @@ namespace cospadi::cuda {
 
 constexpr int kGranule = 16;
 
+/// Shared memory from a byte offset on.
+template <class T>
+__device__ __forceinline__ T* shared_at(int offset) {
+  return reinterpret_cast<T*>(dynamic_shared<uint8_t>() + offset);
+}
+
 /// Bytes of a slot for `bytes` bytes at any offset, and one granule that readers may run into.
 __host__ __device__ constexpr int slot_bytes(int64_t bytes) {
   return static_cast<int>((bytes + 2 * kGranule - 2) / kGranule * kGranule + kGranule);
@@ -50,21 +56,19 @@ __device__ __forceinline__ const uint8_t* column_mask(const CodeOperand& s, int6
 }
 
 /// Starts the copy of granule i of `bytes` bytes at `source` to `slot`, if there is one.
-__device__ __forceinline__ void copy_granule(uint8_t* slot,
-                                             const uint8_t* source,
-                                             int bytes,
-                                             int i) {
+__device__ __forceinline__ void copy_granule(int slot, const uint8_t* source, int bytes, int i) {
   const int offset = offset_in_granule(source);
   const int left = offset + bytes - kGranule * i;
   if (left <= 0) return;
-  cp_async<kGranule>(slot + kGranule * i, source - offset + kGranule * i, min(left, kGranule));
+  cp_async<kGranule>(
+      shared_at<uint8_t>(slot + kGranule * i), source - offset + kGranule * i, min(left, kGranule));
 }
 
 /// Starts the copies of columns first .. min(first + tile.columns, d_out); by all threads.
 __device__ __forceinline__ void fetch_tile(const CodeOperand& s,
                                            const TileLayout& tile,
                                            int64_t first,
-                                           uint8_t* shared) {
+                                           int shared) {
   const int n_columns = static_cast<int>(min(static_cast<int64_t>(tile.columns), s.d_out - first));
   const int value_bytes = static_cast<int>(value_row_bytes(s));
   const int mask_bytes = static_cast<int>(mask_row_bytes_of(s));
@@ -108,24 +112,20 @@ __device__ __forceinline__ void cp_async_wait_runtime(int left) {
 
 /// One column of a tile in shared memory.
 struct StagedColumn {
-  const uint8_t* value_slot;
-  int value_offset;            ///< of the first value in its slot
-  const uint32_t* mask_words;  ///< null without a mask
-  int mask_offset;             ///< of the first byte
+  int value_slot;
+  int value_offset;  ///< of the first value in its slot
+  int mask_slot;     ///< -1 without a mask
+  int mask_offset;   ///< of the first byte in its slot
 };
 
-__device__ __forceinline__ StagedColumn staged_column(const CodeOperand& s,
-                                                      const TileLayout& tile,
-                                                      int64_t first,
-                                                      int column,
-                                                      const uint8_t* shared) {
-  const uint8_t* value_slot = shared + column * tile.value_slot;
+__device__ __forceinline__ StagedColumn
+staged_column(const CodeOperand& s, const TileLayout& tile, int64_t first, int column, int shared) {
+  const int value_slot = shared + column * tile.value_slot;
   const int value_offset = offset_in_granule(column_values(s, first + column));
-  if (s.mask == nullptr) return {value_slot, value_offset, nullptr, 0};
-  const uint8_t* mask_slot = shared + tile.columns * tile.value_slot + column * tile.mask_slot;
+  if (s.mask == nullptr) return {value_slot, value_offset, -1, 0};
   return {value_slot,
           value_offset,
-          reinterpret_cast<const uint32_t*>(mask_slot),
+          shared + tile.columns * tile.value_slot + column * tile.mask_slot,
           offset_in_granule(column_mask(s, first + column))};
 }
 
@@ -135,8 +135,9 @@ __device__ __forceinline__ uint32_t staged_mask_word(const StagedColumn& column,
                                                      int word) {
   const int left = n_atoms - kWarpSize * word;
   if (left <= 0) return 0;
-  if (column.mask_words == nullptr) return low_bits(left);
-  return word_at_byte(column.mask_words, column.mask_offset + 4 * word) & low_bits(left);
+  if (column.mask_slot < 0) return low_bits(left);
+  return word_at_byte(shared_at<const uint32_t>(column.mask_slot), column.mask_offset + 4 * word) &
+         low_bits(left);
 }
 
 /// Set bits of a staged column below word `end`, in every lane; by a whole warp.
@@ -144,7 +145,7 @@ __device__ __forceinline__ int staged_population(const StagedColumn& column,
                                                  int n_atoms,
                                                  int end,
                                                  int lane) {
-  if (column.mask_words == nullptr) return min(kWarpSize * end, n_atoms);
+  if (column.mask_slot < 0) return min(kWarpSize * end, n_atoms);
   int n = 0;
   for (int word = lane; word < end; word += kWarpSize) {
     n += __popc(staged_mask_word(column, n_atoms, word));
@@ -152,25 +153,26 @@ __device__ __forceinline__ int staged_population(const StagedColumn& column,
   return __reduce_add_sync(kAllLanes, n);
 }
 
-/// Decodes the fields of a staged tile to `out`, slots of out_slot elements per column, by all
-/// threads; with `kIsScaled` times the scale of their group.
+/// Decodes the fields of a staged tile to offset `out`, slots of out_slot elements per column, by
+/// all threads; with `kIsScaled` times the scale of their group.
 template <class Out, bool kIsScaled>
 __device__ __forceinline__ void decode_tile(const CodeOperand& s,
                                             const TileLayout& tile,
                                             int64_t first,
-                                            const uint8_t* shared,
-                                            Out* out,
+                                            int shared,
+                                            int out,
                                             int out_slot) {
   const int n_columns = static_cast<int>(min(static_cast<int64_t>(tile.columns), s.d_out - first));
   const bool is_integer = s.type == ValueType::kIntegerField;
   for (int column = 0; column < n_columns; ++column) {
     const StagedColumn staged = staged_column(s, tile, first, column, shared);
-    const auto* words = reinterpret_cast<const uint32_t*>(staged.value_slot);
+    const auto* words = shared_at<const uint32_t>(staged.value_slot);
+    Out* values = shared_at<Out>(out) + column * out_slot;
     for (int t = static_cast<int>(threadIdx.x); t < s.sparsity; t += static_cast<int>(blockDim.x)) {
       const int64_t start = 8 * staged.value_offset + static_cast<int64_t>(t) * s.bits;
       float value = field_value(field_on_top(words, start, s.bits), s.bits, is_integer);
       if constexpr (kIsScaled) value *= scale_of(s, first + column, t);
-      from_float(value, out[column * out_slot + t]);
+      from_float(value, values[t]);
     }
   }
 }

@@ -17,7 +17,8 @@ namespace cospadi::cuda {
 namespace {
 
 constexpr int kStepPositions = 4 * kWarpSize;
-constexpr int kMaxSteps = 8;  // a segment: as many words as a warp has lanes
+constexpr int kMaxSteps = 8;     // a segment: as many words as a warp has lanes
+constexpr int kStepsAtOnce = 2;  // their loads overlap
 constexpr int kMaxWarps = 16;
 constexpr int kMaxStages = 4;
 
@@ -91,15 +92,34 @@ __device__ __forceinline__ void load_segment(
 }
 
 template <class Z>
-__device__ __forceinline__ void load_shared_rows(
-    const RowsOperand& z, bool is_aligned, int n_rows, int stride, float* shared) {
+__device__ __forceinline__ void load_shared_rows(const RowsOperand& z,
+                                                 bool is_aligned,
+                                                 int n_rows,
+                                                 int stride) {
   for (int r = 0; r < n_rows; ++r) {
     for (int i = 4 * static_cast<int>(threadIdx.x); i < stride;
          i += 4 * static_cast<int>(blockDim.x)) {
       float four[4];
       load_four<Z>(z, is_aligned, r, i, four);
-      *reinterpret_cast<float4*>(shared + r * stride + i) =
+      *reinterpret_cast<float4*>(shared_at<float>(0) + r * stride + i) =
           make_float4(four[0], four[1], four[2], four[3]);
+    }
+  }
+}
+
+/// The next value at an address in shared memory if `condition`, else 0.
+template <class V>
+__device__ __forceinline__ float take_value(uint32_t& address, uint32_t condition) {
+  if constexpr (std::is_same_v<V, float>) {
+    return __uint_as_float(take_shared_32(address, condition));
+  } else if constexpr (std::is_same_v<V, int8_t>) {
+    return small_int_to_float(take_shared_s8(address, condition));
+  } else {
+    const uint32_t bits = take_shared_16(address, condition);
+    if constexpr (std::is_same_v<V, __half>) {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    } else {
+      return __uint_as_float(bits << 16);
     }
   }
 }
@@ -107,14 +127,13 @@ __device__ __forceinline__ void load_shared_rows(
 /// Partial sums of one segment of one column, in every lane.
 template <class V, int kRows, ZPlace kPlace, class Registers>
 __device__ __forceinline__ void multiply_segment(const StagedColumn& column,
-                                                 const V* values,
+                                                 int values,
                                                  int n_atoms,
                                                  int sparsity,
                                                  int segment,
                                                  int n_steps,
                                                  int lane,
                                                  const Registers& z_registers,
-                                                 const float* z_shared,
                                                  int z_stride,
                                                  float (&sum)[kRows]) {
   const int first_word = 4 * n_steps * segment;
@@ -123,37 +142,43 @@ __device__ __forceinline__ void multiply_segment(const StagedColumn& column,
   const int own_start =
       staged_population(column, n_atoms, first_word, lane) + sum_of_lower_lanes(__popc(own), lane);
   const int shift = 4 * (lane % 8);
+  const uint32_t values_address = shared_address(shared_at<uint8_t>(values));
 #pragma unroll
   for (int r = 0; r < kRows; ++r) sum[r] = 0.0F;
 #pragma unroll
-  for (int t = 0; t < kMaxSteps; ++t) {
+  for (int t = 0; t < kMaxSteps; t += kStepsAtOnce) {
     if (t >= n_steps) break;
-    const uint32_t word = __shfl_sync(kAllLanes, own, 4 * t + lane / 8);
-    const int start = __shfl_sync(kAllLanes, own_start, 4 * t + lane / 8);
-    // a mask that lies never reads beyond the slot
-    const V* p = values + min(start + __popc(word & ((1U << shift) - 1)), sparsity);
-    const uint32_t bits = word >> shift;
-    float value[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const bool is_set = (bits >> k & 1) != 0;
-      value[k] = is_set ? to_float(*p) : 0.0F;
-      p += is_set ? 1 : 0;
-    }
+    for (int i = t; i < t + kStepsAtOnce; ++i) {
+      // in a step beyond the last one no bit is set
+      const uint32_t word = __shfl_sync(kAllLanes, own, 4 * i + lane / 8);
+      const int start = __shfl_sync(kAllLanes, own_start, 4 * i + lane / 8);
+      // a mask that lies never reads beyond the slot
+      const int first = min(start + __popc(word & ((1U << shift) - 1)), sparsity);
+      const uint32_t bits = word >> shift;
+      uint32_t at = values_address + static_cast<uint32_t>(sizeof(V)) * first;
+      float value[4];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float4 z;
-      if constexpr (kPlace == ZPlace::kRegisters) {
-        z = make_float4(
-            z_registers[r][t][0], z_registers[r][t][1], z_registers[r][t][2], z_registers[r][t][3]);
-      } else {
-        const int atom = kStepPositions * (n_steps * segment + t) + 4 * lane;
-        z = *reinterpret_cast<const float4*>(z_shared + r * z_stride + atom);
+      for (int k = 0; k < 4; ++k) {
+        value[k] = take_value<V>(at, bits & 1U << k);
       }
-      sum[r] = __fmaf_rn(value[0], z.x, sum[r]);
-      sum[r] = __fmaf_rn(value[1], z.y, sum[r]);
-      sum[r] = __fmaf_rn(value[2], z.z, sum[r]);
-      sum[r] = __fmaf_rn(value[3], z.w, sum[r]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float4 z;
+        if constexpr (kPlace == ZPlace::kRegisters) {
+          z = make_float4(z_registers[r][i][0],
+                          z_registers[r][i][1],
+                          z_registers[r][i][2],
+                          z_registers[r][i][3]);
+        } else {
+          const int atom = min(kStepPositions * (n_steps * segment + i) + 4 * lane, z_stride - 4);
+          z = *reinterpret_cast<const float4*>(shared_at<float>(0) + r * z_stride + atom);
+        }
+        sum[r] = __fmaf_rn(value[0], z.x, sum[r]);
+        sum[r] = __fmaf_rn(value[1], z.y, sum[r]);
+        sum[r] = __fmaf_rn(value[2], z.z, sum[r]);
+        sum[r] = __fmaf_rn(value[3], z.w, sum[r]);
+      }
     }
   }
 #pragma unroll
@@ -167,14 +192,14 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
                                            int64_t first,
                                            int n_rows,
                                            int row_step,
-                                           const float* partials) {
+                                           int partials) {
   const int column = static_cast<int>(threadIdx.x) % plan.tile.columns;
   const int row = static_cast<int>(threadIdx.x) / plan.tile.columns;
   const int64_t output = first + column;
   if (row >= n_rows || output >= s.d_out) return;
   float sum = 0.0F;
   for (int segment = 0; segment < plan.n_segments; ++segment) {
-    sum += partials[(column * plan.n_segments + segment) * row_step + row];
+    sum += shared_at<float>(partials)[(column * plan.n_segments + segment) * row_step + row];
   }
   if (s.type == ValueType::kIntegerField && s.group == 0) sum *= scale_of(s, output, 0);
   if (y.bias != nullptr) sum += load_element(y.bias, y.bias_dtype, output);
@@ -184,12 +209,10 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
 template <class V, int kRows, ZPlace kPlace>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     few_kernel(RowsOperand z, CodeOperand s, OutputOperand y, FewPlan plan) {
-  uint8_t* shared = dynamic_shared<uint8_t>();
-  float* z_shared = reinterpret_cast<float*>(shared);
-  uint8_t* tiles = shared + plan.z_bytes;
-  V* decoded = reinterpret_cast<V*>(tiles + plan.n_stages * plan.tile.bytes());
-  float* partials =
-      reinterpret_cast<float*>(tiles + plan.n_stages * plan.tile.bytes() + plan.decoded_bytes);
+  // byte offsets: the rows of z, the tiles, a decoded tile, and two turns of sums of segments
+  const int tiles = plan.z_bytes;
+  const int decoded = tiles + plan.n_stages * plan.tile.bytes();
+  const int partials = decoded + plan.decoded_bytes;
   const int n_partials = plan.n_items() * kRows;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -218,13 +241,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
   } else {
     switch (z.dtype) {
       case DType::kBFloat16:
-        load_shared_rows<__nv_bfloat16>(z, plan.is_z_aligned, kRows, plan.z_stride, z_shared);
+        load_shared_rows<__nv_bfloat16>(z, plan.is_z_aligned, kRows, plan.z_stride);
         break;
       case DType::kFloat16:
-        load_shared_rows<__half>(z, plan.is_z_aligned, kRows, plan.z_stride, z_shared);
+        load_shared_rows<__half>(z, plan.is_z_aligned, kRows, plan.z_stride);
         break;
       default:
-        load_shared_rows<float>(z, plan.is_z_aligned, kRows, plan.z_stride, z_shared);
+        load_shared_rows<float>(z, plan.is_z_aligned, kRows, plan.z_stride);
         break;
     }
   }
@@ -234,7 +257,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     cp_async_wait_runtime(plan.n_stages - 2);
     __syncthreads();  // this tile is there, and nobody is still in the one before
     if (turn > 0) {
-      write_tile(s, y, plan, first - step, z.rows, kRows, partials + (turn - 1) % 2 * n_partials);
+      write_tile(
+          s, y, plan, first - step, z.rows, kRows, partials + 4 * ((turn - 1) % 2 * n_partials));
     }
     const int64_t ahead = first + (plan.n_stages - 1) * step;
     if (ahead < s.d_out) {
@@ -244,7 +268,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
                  tiles + (turn + plan.n_stages - 1) % plan.n_stages * plan.tile.bytes());
     }
     cp_async_commit();
-    const uint8_t* tile = tiles + turn % plan.n_stages * plan.tile.bytes();
+    const int tile = tiles + turn % plan.n_stages * plan.tile.bytes();
     if constexpr (std::is_same_v<V, float> || std::is_same_v<V, __nv_bfloat16>) {
       if (plan.decoded_slot != 0) {
         decode_tile<V, std::is_same_v<V, float>>(
@@ -258,9 +282,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
       float sum[kRows] = {};
       if (first + column < s.d_out) {
         const StagedColumn staged = staged_column(s, plan.tile, first, column, tile);
-        const V* values = plan.decoded_slot != 0
-                              ? decoded + column * plan.decoded_slot
-                              : reinterpret_cast<const V*>(staged.value_slot + staged.value_offset);
+        const int values = plan.decoded_slot != 0
+                               ? decoded + column * plan.decoded_slot * static_cast<int>(sizeof(V))
+                               : staged.value_slot + staged.value_offset;
         multiply_segment<V, kRows, kPlace>(staged,
                                            values,
                                            s.n_atoms,
@@ -269,14 +293,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
                                            plan.n_steps,
                                            lane,
                                            z_registers,
-                                           z_shared,
                                            plan.z_stride,
                                            sum);
       }
       if (lane == 0) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          partials[turn % 2 * n_partials + item * kRows + r] = sum[r];
+          shared_at<float>(partials)[turn % 2 * n_partials + item * kRows + r] = sum[r];
         }
       }
     }
@@ -289,7 +312,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
                begin + (turn - 1) * step,
                z.rows,
                kRows,
-               partials + (turn - 1) % 2 * n_partials);
+               partials + 4 * ((turn - 1) % 2 * n_partials));
   }
 }
 
@@ -320,8 +343,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
 }
 
-// ---- host
-// ------------------------------------------------------------------------------------------
+// ---- host ----
 
 struct DeviceSizes {
   int n_multiprocessors = 1;

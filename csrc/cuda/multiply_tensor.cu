@@ -100,8 +100,8 @@ __device__ __forceinline__ void write_table(const CodeOperand& s,
                                             int64_t first,
                                             int warp,
                                             int lane,
-                                            const uint8_t* tile,
-                                            WordStart* table) {
+                                            int tile,
+                                            int table) {
   for (int column = warp; column < kColumns; column += plan.n_warps) {
     const bool is_column = first + column < s.d_out;
     const StagedColumn staged = staged_column(s, plan.tile, first, is_column ? column : 0, tile);
@@ -111,46 +111,46 @@ __device__ __forceinline__ void write_table(const CodeOperand& s,
       const uint32_t bits = is_column ? staged_mask_word(staged, s.n_atoms, word) : 0;
       const int start = before + sum_of_lower_lanes(__popc(bits), lane);
       before = __shfl_sync(kAllLanes, start + __popc(bits), kWarpSize - 1);
-      if (word < plan.n_words()) table[column * plan.n_words() + word] = {bits, start};
+      if (word < plan.n_words()) {
+        shared_at<WordStart>(table)[column * plan.n_words() + word] = {bits, start};
+      }
     }
   }
 }
 
-/// Expands a chunk of all columns of a tile to `out` [kColumns x kRowElements]; by one warp.
+/// Expands a chunk of all columns of a tile to offset `out`, [kColumns x kRowElements] of 16 bits;
+/// by one warp.
 __device__ __forceinline__ void expand_chunk(const CodeOperand& s,
                                              const TensorPlan& plan,
                                              int64_t first,
                                              int chunk,
                                              int lane,
-                                             const uint8_t* tile,
-                                             const uint16_t* decoded,
-                                             const WordStart* table,
-                                             uint16_t* out) {
+                                             int tile,
+                                             int decoded,
+                                             int table,
+                                             int out) {
   const int shift = 4 * (lane % 8);
+  const uint32_t shared = shared_address(shared_at<uint8_t>(0));
 #pragma unroll 4
   for (int column = 0; column < kColumns; ++column) {
-    const WordStart word = table[column * plan.n_words() + 4 * chunk + lane / 8];
-    const uint16_t* values;
-    if (plan.decoded_slot != 0) {
-      values = decoded + column * plan.decoded_slot;
-    } else {
-      // of a column beyond the last one only the address is computed: it has no bits
-      values = reinterpret_cast<const uint16_t*>(
-          tile + column * plan.tile.value_slot +
-          offset_in_granule(column_values(s, min(first + column, int64_t{s.d_out} - 1))));
-    }
+    const WordStart word =
+        shared_at<const WordStart>(table)[column * plan.n_words() + 4 * chunk + lane / 8];
+    // of a column beyond the last one only the address is computed: it has no bits
+    const int values =
+        plan.decoded_slot != 0
+            ? decoded + 2 * column * plan.decoded_slot
+            : tile + column * plan.tile.value_slot +
+                  offset_in_granule(column_values(s, min(first + column, int64_t{s.d_out} - 1)));
     // a mask that lies never reads beyond the slot
-    const uint16_t* p =
-        values + min(word.start + __popc(word.bits & ((1U << shift) - 1)), s.sparsity);
+    uint32_t at =
+        shared + values + 2 * min(word.start + __popc(word.bits & ((1U << shift) - 1)), s.sparsity);
     const uint32_t bits = word.bits >> shift;
     uint32_t value[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const bool is_set = (bits >> k & 1) != 0;
-      value[k] = is_set ? *p : 0;
-      p += is_set ? 1 : 0;
+      value[k] = take_shared_16(at, bits & 1U << k);
     }
-    *reinterpret_cast<uint2*>(out + column * kRowElements + 4 * lane) =
+    *shared_at<uint2>(out + 2 * (column * kRowElements + 4 * lane)) =
         make_uint2(value[0] | value[1] << 16, value[2] | value[3] << 16);
   }
 }
@@ -162,7 +162,7 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
                                            int64_t first,
                                            int first_row,
                                            int n_rows,
-                                           const uint8_t* expanded) {
+                                           int expanded) {
   for (int i = static_cast<int>(threadIdx.x); i < kTensorRows * kColumns;
        i += static_cast<int>(blockDim.x)) {
     const int row = i / kColumns;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
     if (row >= n_rows || output >= s.d_out) continue;
     float sum = 0.0F;
     for (int w = 0; w < n_warps; ++w) {
-      sum += reinterpret_cast<const float*>(expanded + w * kColumns * kRowElements * 2)[i];
+      sum += shared_at<const float>(expanded + w * kColumns * kRowElements * 2)[i];
     }
     if (s.type == ValueType::kIntegerField) sum *= scale_of(s, output, 0);
     if (y.bias != nullptr) sum += load_element(y.bias, y.bias_dtype, output);
@@ -181,13 +181,14 @@ __device__ __forceinline__ void write_tile(const CodeOperand& s,
 template <class Z, bool kHasUpperRows, bool kInRegisters>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     tensor_kernel(RowsOperand z, CodeOperand s, OutputOperand y, TensorPlan plan) {
-  uint8_t* tiles = dynamic_shared<uint8_t>();
-  auto* table = reinterpret_cast<WordStart*>(tiles + plan.n_stages * plan.tile.bytes());
-  auto* decoded = reinterpret_cast<Z*>(reinterpret_cast<uint8_t*>(table) + plan.table_bytes());
-  uint8_t* expanded = reinterpret_cast<uint8_t*>(decoded) + plan.decoded_bytes;
+  // byte offsets: the tiles, their words, a decoded tile, and an expanded chunk of every warp
+  const int tiles = 0;
+  const int table = tiles + plan.n_stages * plan.tile.bytes();
+  const int decoded = table + plan.table_bytes();
+  const int expanded = decoded + plan.decoded_bytes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  auto* own_expanded = reinterpret_cast<uint16_t*>(expanded + warp * kColumns * kRowElements * 2);
+  const int own_expanded = expanded + warp * kColumns * kRowElements * 2;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kColumns;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kColumns;
   const int first_row = static_cast<int>(blockIdx.y) * kTensorRows;
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
                  tiles + (turn + plan.n_stages - 1) % plan.n_stages * plan.tile.bytes());
     }
     cp_async_commit();
-    const uint8_t* tile = tiles + turn % plan.n_stages * plan.tile.bytes();
+    const int tile = tiles + turn % plan.n_stages * plan.tile.bytes();
     write_table(s, plan, first, warp, lane, tile, table);
     if (plan.decoded_slot != 0) {
       decode_tile<Z, false>(s, plan.tile, first, tile, decoded, plan.decoded_slot);
@@ -238,21 +239,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     for (int i = 0; i < (kInRegisters ? kRegisterChunks : plan.chunks_per_warp); ++i) {
       const int chunk = first_chunk + i;
       if (chunk >= end_chunk) break;
-      expand_chunk(s,
-                   plan,
-                   first,
-                   chunk,
-                   lane,
-                   tile,
-                   reinterpret_cast<const uint16_t*>(decoded),
-                   table,
-                   own_expanded);
+      expand_chunk(s, plan, first, chunk, lane, tile, decoded, table, own_expanded);
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < kSlices; k += 2) {
         // matrix m of four: the eight columns at atoms 16 k + 8 m and on
         uint32_t b[4];
-        ldmatrix_x4(b, own_expanded + lane % 8 * kRowElements + 16 * k + lane / 8 * 8);
+        ldmatrix_x4(
+            b, shared_at<uint16_t>(own_expanded) + lane % 8 * kRowElements + 16 * k + lane / 8 * 8);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t pair[2] = {b[2 * h], b[2 * h + 1]};
@@ -273,7 +267,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
       }
       __syncwarp();  // before the next chunk, or the sums, take its place
     }
-    auto* part = reinterpret_cast<float*>(own_expanded);  // [kTensorRows x kColumns]
+    float* part = shared_at<float>(own_expanded);  // [kTensorRows x kColumns]
     const int at = lane / 4 * kColumns + lane % 4 * 2;
     *reinterpret_cast<float2*>(part + at) = make_float2(sum[0], sum[1]);
     *reinterpret_cast<float2*>(part + at + 8 * kColumns) = make_float2(sum[2], sum[3]);
@@ -285,8 +279,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
 static_assert(kTensorRows == 16 && kRegisterChunks == 2);
 static_assert(kTensorRows * kColumns * 4 <= kColumns * kRowElements * 2);
 
-// ---- host
-// ------------------------------------------------------------------------------------------
+// ---- host ----
 
 bool are_pairs_aligned(const RowsOperand& z) {
   const auto fits = [](const void* data, int64_t stride, int n) {

@@ -21,8 +21,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------
+// ---- asynchronous copies ----
 
 /// Starts copying `bytes` bytes from global memory, and zeros up to kSize (4, 8 or 16); both
 /// addresses are divisible by kSize, `source` only if bytes > 0. Only kSize = 16 bypasses the L1
@@ -56,8 +55,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
 }
 
-// ---- loads
-// -----------------------------------------------------------------------------------------
+// ---- loads ----
 
 /// 16 bytes that are read once: they do not displace others from the L1 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
@@ -68,8 +66,47 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   return v;
 }
 
-// ---- tensor cores
-// ----------------------------------------------------------------------------------
+// The next value at an address of 32 bits in shared memory (see shared_address) if `condition` is
+// not 0, and the address moves on; else 0. Without a branch, and without the base of the shared
+// memory made anew for every load, which is what compilers do to loads behind a condition.
+
+/// 16 bits, zeros above.
+__device__ __forceinline__ uint32_t take_shared_16(uint32_t& address, uint32_t condition) {
+  uint32_t value;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+      "@p ld.shared.u16 %0, [%1];\n@p add.u32 %1, %1, 2;\n}\n"
+      : "=&r"(value), "+r"(address)
+      : "r"(condition)
+      : "memory");
+  return value;
+}
+
+/// 8 bits, with their sign above.
+__device__ __forceinline__ int take_shared_s8(uint32_t& address, uint32_t condition) {
+  int value;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+      "@p ld.shared.s8 %0, [%1];\n@p add.u32 %1, %1, 1;\n}\n"
+      : "=&r"(value), "+r"(address)
+      : "r"(condition)
+      : "memory");
+  return value;
+}
+
+/// 32 bits.
+__device__ __forceinline__ uint32_t take_shared_32(uint32_t& address, uint32_t condition) {
+  uint32_t value;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+      "@p ld.shared.u32 %0, [%1];\n@p add.u32 %1, %1, 4;\n}\n"
+      : "=&r"(value), "+r"(address)
+      : "r"(condition)
+      : "memory");
+  return value;
+}
+
+// ---- tensor cores ----
 //
 // Fragments of m16n8k16 and m16n8k8, lane l = 4 g + t: c[0], c[1] are (row g, columns 2t, 2t + 1),
 // c[2], c[3] the same of row g + 8. For 16-bit types a[0] holds (row g, columns 2t, 2t + 1) in its
@@ -136,8 +173,7 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const v
                : "memory");
 }
 
-// ---- barriers and dependent launches
-// ---------------------------------------------------------------
+// ---- barriers and dependent launches ----
 
 /// Barrier `id` (1 .. 15) among `n_threads` threads, whole warps of the block.
 __device__ __forceinline__ void named_barrier(int id, int n_threads) {

@@ -16,8 +16,7 @@ constexpr unsigned kAllLanes = 0xffffffffU;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- one number
-// ------------------------------------------------------------------------------------
+// ---- one number ----
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -66,8 +65,7 @@ __device__ __forceinline__ float load_row_element(const RowsOperand& z, int64_t 
   return load_element(z.second, z.dtype, row * z.second_stride + (atom - z.n_first));
 }
 
-// ---- mask words and fields
-// -------------------------------------------------------------------------
+// ---- mask words and fields ----
 
 /// The lowest `n` bits set; n from 0 to 32.
 __device__ __forceinline__ uint32_t low_bits(int n) {
@@ -144,8 +142,7 @@ __device__ __forceinline__ uint32_t load_mask_word(const CodeOperand& s, int64_t
   return bits & low_bits(left);
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------
+// ---- warps ----
 
 /// Sum over the lanes below this one.
 __device__ __forceinline__ int sum_of_lower_lanes(int value, int lane) {

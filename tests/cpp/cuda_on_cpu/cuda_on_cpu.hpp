@@ -65,8 +65,7 @@ int64_t launch_count();
 /// Throws std::runtime_error if threads of a block can never go on together.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
-// ---- for the stand-ins of CUDA's headers
-// ---------------------------------------------------------
+// ---- for the stand-ins of CUDA's headers ----
 
 int multiprocessors();
 void* shared_base();

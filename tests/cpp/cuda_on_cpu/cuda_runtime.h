@@ -32,8 +32,7 @@ using std::min;
 inline long long min(long long a, int b) { return std::min<long long>(a, b); }
 inline long long max(long long a, int b) { return std::max<long long>(a, b); }
 
-// ---- bits
-// ------------------------------------------------------------------------------------------
+// ---- bits ----
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
@@ -76,8 +75,7 @@ inline int __dp4a(int a, int b, int c) {
   return c;
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------
+// ---- arithmetic ----
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -98,8 +96,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory ----
 
 template <class T>
 T __ldg(const T* p) {
@@ -184,8 +181,7 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
   return old;
 }
 
-// ---- barriers and warp operations
-// -----------------------------------------------------------------
+// ---- barriers and warp operations ----
 
 using CudaWhere = cuda_on_cpu::Where;
 
@@ -399,8 +395,7 @@ inline int __syncthreads_and(int predicate, CudaWhere where = CudaWhere::current
   return __syncthreads_count(predicate == 0, where) == 0;
 }
 
-// ---- host
-// ------------------------------------------------------------------------------------------
+// ---- host ----
 
 enum cudaError_t {
   cudaSuccess = 0,

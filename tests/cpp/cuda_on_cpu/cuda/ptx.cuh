@@ -33,6 +33,44 @@ void cp_async_wait() {
 
 inline uint4 load_once(const uint4* p) { return *p; }
 
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) -
+                               static_cast<const char*>(cuda_on_cpu::shared_base()));
+}
+
+namespace emulated {
+
+/// The next T if `condition`; it must be aligned and inside, as on a device.
+template <class T>
+T take_shared(uint32_t& address, uint32_t condition, const CudaWhere& where) {
+  if (condition == 0) return T{};
+  if (address % sizeof(T) != 0 || address + sizeof(T) > cuda_on_cpu::shared_size()) {
+    cuda_on_cpu::fail("take_shared: misaligned, or beyond the dynamic shared memory", where);
+  }
+  T value;
+  std::memcpy(&value, static_cast<const char*>(cuda_on_cpu::shared_base()) + address, sizeof(T));
+  address += sizeof(T);
+  return value;
+}
+
+}  // namespace emulated
+
+inline uint32_t take_shared_16(uint32_t& address,
+                               uint32_t condition,
+                               CudaWhere where = CudaWhere::current()) {
+  return emulated::take_shared<uint16_t>(address, condition, where);
+}
+inline int take_shared_s8(uint32_t& address,
+                          uint32_t condition,
+                          CudaWhere where = CudaWhere::current()) {
+  return emulated::take_shared<int8_t>(address, condition, where);
+}
+inline uint32_t take_shared_32(uint32_t& address,
+                               uint32_t condition,
+                               CudaWhere where = CudaWhere::current()) {
+  return emulated::take_shared<uint32_t>(address, condition, where);
+}
+
 namespace emulated {
 
 /// One lane's part of a product.
