@@ -4,8 +4,8 @@
 #   bench/gpu/run.sh [--dry-run]
 #
 # Needs python3 with torch for CUDA, transformers, pybind11, scikit-build-core, pytest and hypothesis, and nvcc; no
-# network. Every stage has a time limit, and a stage that fails costs no other. Logs and numbers go to $OUT if that is
-# set, else to build/gpu. Environment: PYTHON (python3), BUDGET seconds for all stages (570), COSPADI_SITE a folder that
+# network. Every stage has a time limit, and a stage that fails costs no other. Logs (all.log) and numbers (*.json) go to
+# $OUT if that is set, else to build/gpu. Environment: PYTHON (python3), BUDGET seconds for all stages (570), COSPADI_SITE a folder that
 # holds an installed cospadi already (nothing is built then).
 # --dry-run: toy sizes on the CPU with the cospadi that PYTHON finds.
 set -u
@@ -18,6 +18,9 @@ DRY=""
 mkdir -p "$RESULTS" || exit 1
 STAGES="$RESULTS/stages.tsv"
 : >"$STAGES"
+: >"$RESULTS/all.log"
+LOGS=$(mktemp -d) || exit 1
+trap 'rm -rf "$LOGS"' EXIT
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 command -v nvcc >/dev/null || export PATH="$PATH:/usr/local/cuda/bin"
 BEGIN=$SECONDS
@@ -34,14 +37,15 @@ stage() {
   [ "$limit" -gt "$left" ] && limit=$left
   echo "== $name (at most $limit s)"
   start=$SECONDS
-  timeout --kill-after=10 "$limit" "$@" >"$RESULTS/$name.log" 2>&1
+  timeout --kill-after=10 "$limit" "$@" >"$LOGS/$name.log" 2>&1
   code=$?
+  { echo "== $name"; cat "$LOGS/$name.log"; } >>"$RESULTS/all.log"
   case $code in
     0) printf '%s\t%s\tok\n' "$name" $((SECONDS - start)) ;;
     124 | 137) printf '%s\t%s\tstopped at its limit of %s s\n' "$name" $((SECONDS - start)) "$limit" ;;
     *) printf '%s\t%s\tFAILED with %s\n' "$name" $((SECONDS - start)) "$code" ;;
   esac | tee -a "$STAGES"
-  [ "$code" -eq 0 ] || tail -n 15 "$RESULTS/$name.log"
+  [ "$code" -eq 0 ] || tail -n 15 "$LOGS/$name.log"
   return $code
 }
 
@@ -105,9 +109,9 @@ echo
 echo "stage  seconds  result"
 column -t -s "$(printf '\t')" "$STAGES" 2>/dev/null || cat "$STAGES"
 for name in bench_fit bench_inference; do
-  [ -f "$RESULTS/$name.log" ] || continue
+  [ -f "$LOGS/$name.log" ] || continue
   echo
   echo "$name"
-  cat "$RESULTS/$name.log"
+  cat "$LOGS/$name.log"
 done
 ! grep -qv "ok$" "$STAGES"

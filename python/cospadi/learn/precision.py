@@ -1,7 +1,7 @@
 """The arithmetic of large matrix products on CUDA devices.
 
 Tensor cores round float32 operands to 10 bits of mantissa (TF32). In the rise of augmented dictionaries that is not for
-free: emulated on weights drawn at random (docs/results.md), errors were 4 to 6 % higher at a ratio of 0.2 and 0.4 to 0.6 %
+free: emulated on weights drawn at random (docs/results.md), errors were 4 to 6 % higher at a ratio of 0.2 and 0.5 %
 at 0.5, with bfloat16 15 to 92 %. Operands cut into two parts of that many bits give three products whose sum has
 nearly the accuracy of float32, at a third of the tensor cores' rate: errors stayed within 0.3 %.
 """
