@@ -1,5 +1,5 @@
-# CUDA is optional: with a compiler the .cu files are built for every architecture we name, without
-# one the same symbols answer "built without CUDA". The runtime is linked statically, so one wheel
+# CUDA is optional: with a compiler the .cu files are built, without one the same symbols answer
+# "built without CUDA". The runtime is linked statically, so one wheel
 # imports on machines with and without a GPU. Included at top level: enable_language needs that scope.
 set(COSPADI_HAS_CUDA OFF)
 if(NOT COSPADI_CUDA STREQUAL "OFF")
@@ -7,9 +7,19 @@ if(NOT COSPADI_CUDA STREQUAL "OFF")
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     set(COSPADI_HAS_CUDA ON)
+    # Compiling for every card takes minutes, so that is for wheels that travel (COSPADI_CUDA_ALL). A
+    # build for oneself is for the cards of this machine, or, where there are none, intermediate code
+    # that the driver translates on any card from sm_80 on.
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-      # sm_86 and sm_89 run the code of sm_80, of the same major version.
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120-real 120-virtual)
+      execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE COSPADI_NO_GPU OUTPUT_QUIET ERROR_QUIET)
+      if(COSPADI_CUDA_ALL)
+        # sm_86 and sm_89 run the code of sm_80, of the same major version.
+        set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120-real 120-virtual)
+      elseif(COSPADI_NO_GPU STREQUAL "0")
+        set(CMAKE_CUDA_ARCHITECTURES native)
+      else()
+        set(CMAKE_CUDA_ARCHITECTURES 80-virtual)
+      endif()
     endif()
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
