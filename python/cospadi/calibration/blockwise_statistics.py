@@ -32,6 +32,7 @@ def collect_on_device(
     batch_size: int,
     max_gram_bytes: int | None,
     progress: Progress | None,
+    keep_going: bool,
     device: torch.device,
 ) -> Iterator[GramPass]:
     """Run `cospadi.calibration.statistics.collect_grams` for its ``device``; the arguments have been checked there.
@@ -53,10 +54,12 @@ def collect_on_device(
             except BlockwiseError:
                 if not placement.is_resident:
                     raise
-                whole = collect_here(model, targets, ids, batch_size, max_gram_bytes, progress)
+                whole = collect_here(
+                    model, targets, ids, batch_size, max_gram_bytes, progress, keep_going
+                )
                 yield from map(_on_cpu, whole)
                 return
-            run = _Run(model, placement, stream, blocks, progress)
+            run = _Run(model, placement, stream, blocks, progress, keep_going)
             for index, part in enumerate(passes):
                 started = time.perf_counter()
                 later = {group.key for rest in passes[index + 1 :] for group in rest}
@@ -98,7 +101,9 @@ class _Run:
         stream: BlockStream,
         blocks: dict[int, list[InputGroup]],
         progress: Progress | None,
+        keep_going: bool,
     ) -> None:
+        self._keep_going = keep_going
         self._model, self._placement, self._stream = model, placement, stream
         self._blocks = blocks
         self._decoder = BlockwiseDecoder(model)
@@ -123,7 +128,7 @@ class _Run:
     def _pass_block(
         self, index: int, groups: Sequence[InputGroup], *, advances: bool
     ) -> dict[str, ActivationGram]:
-        observer = GramObserver(groups, self._placement.device)
+        observer = GramObserver(groups, self._placement.device, keep_going=self._keep_going)
         watched = {
             name: self._model.get_submodule(name) for group in groups for name in group.members
         }

@@ -64,12 +64,13 @@ def collect_cached_grams(
     progress: Progress | None = None,
     skip_targets: AbstractSet[str] = frozenset(),
     device: torch.device | None = None,
+    keep_going: bool = False,
 ) -> Iterator[GramPass]:
     """Yield the Grams that `collect_grams` yields: those on disk first, then the others, which are stored.
 
     Parameters
     ----------
-    model, targets, ids, batch_size, max_gram_bytes, progress, skip_targets, device
+    model, targets, ids, batch_size, max_gram_bytes, progress, skip_targets, device, keep_going
         As for `collect_grams`. `max_gram_bytes` bounds the Grams that are read as well; without it they are read 256
         MiB at a time.
     folder
@@ -109,7 +110,16 @@ def collect_cached_grams(
     if not wanted:
         return iter(())
     return _read_and_collect(
-        model, wanted, ids, cache, report, batch_size, max_gram_bytes, progress, device
+        model,
+        wanted,
+        ids,
+        cache,
+        report,
+        batch_size,
+        max_gram_bytes,
+        progress,
+        device,
+        keep_going,
     )
 
 
@@ -123,6 +133,7 @@ def _read_and_collect(
     max_gram_bytes: int | None,
     progress: Progress | None,
     device: torch.device | None,
+    keep_going: bool,
 ) -> Iterator[GramPass]:
     place = next(model.parameters()).device
     was_training = model.training
@@ -154,6 +165,8 @@ def _read_and_collect(
 
     def store(finished: GramPass) -> GramPass:
         for gram in finished.grams.values():
+            if gram.n_nonfinite:
+                continue
             try:
                 cache.write(gram)
             except OSError as error:
@@ -180,6 +193,7 @@ def _read_and_collect(
             max_gram_bytes=max_gram_bytes,
             progress=progress,
             device=device,
+            keep_going=keep_going,
         ),
     )
 

@@ -79,7 +79,7 @@ class GramAccumulator:
         self.n_tokens = 0
         self._name = name
         # blocks below the diagonal stay zero until `mean`
-        self._total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
         self._capacity = min(2 * d_in, _MOST_BUFFERED_ROWS)
         self._buffer: Tensor | None = None
         self._n_buffered = 0
@@ -126,7 +126,7 @@ class GramAccumulator:
         """
         self._flush()
         self._buffer = None
-        gram = self._total
+        gram = self.total
         for start in range(0, gram.shape[0], _PANEL):
             stop = min(start + _PANEL, gram.shape[0])
             block = gram[start:stop, start:stop]
@@ -147,7 +147,7 @@ class GramAccumulator:
             product = rows[:, start:stop].T @ rows[:, start:]  # [panel, d_in - start]
             # a NaN or infinity in column j of X makes G[j, j] non-finite: the diagonal is enough
             finite &= torch.isfinite(product.diagonal()).all()
-            self._total[start:stop, start:] += product
+            self.total[start:stop, start:] += product
         if not finite:
             raise not_finite(self._name, rows)
 
@@ -285,9 +285,15 @@ class GramObserver:
         Groups whose Grams are wanted.
     device
         Where the model lies.
+    keep_going
+        Note an input that is not finite in `failures`, by the group's key, and go on without it.
     """
 
-    def __init__(self, groups: Sequence[InputGroup], device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[InputGroup], device: torch.device, *, keep_going: bool = False
+    ) -> None:
+        self.failures: dict[str, str] = {}
+        self._keep_going = keep_going
         self.accumulators = {
             group.key: GramAccumulator(group.key, group.d_in, device) for group in groups
         }
@@ -305,4 +311,24 @@ class GramObserver:
                 )
             return
         self._latest[key] = _SameTensor(x)
-        self.accumulators[key].add(x.reshape(-1, x.shape[-1]))
+        if key in self.failures:
+            return
+        with self._noting(key):
+            self.accumulators[key].add(x.reshape(-1, x.shape[-1]))
+
+    def mean(self, key: str) -> Tensor:
+        """The Gram of a group, which the observer gives up; NaN for an input that was not finite."""
+        accumulator = self.accumulators.pop(key)
+        if key not in self.failures:
+            with self._noting(key):
+                return accumulator.mean()
+        return torch.full_like(accumulator.total, torch.nan)
+
+    @contextmanager
+    def _noting(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            if not self._keep_going:
+                raise
+            self.failures[key] = str(error)

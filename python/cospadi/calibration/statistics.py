@@ -39,7 +39,7 @@ class ActivationGram:
     n_tokens
         Rows of X.
     n_nonfinite
-        Always 0: a non-finite activation is an error. Recorded so that reports can say so.
+        0; 1 where an activation was not finite and `collect_grams` was told to go on: the Gram is NaN then.
     members
         Names of the modules that receive this input.
     """
@@ -80,6 +80,7 @@ def collect_grams(
     progress: Progress | None = None,
     skip_targets: AbstractSet[str] = frozenset(),
     device: torch.device | None = None,
+    keep_going: bool = False,
 ) -> Iterator[GramPass]:
     """Run the calibration tokens through the model and collect the Grams of the targets' inputs.
 
@@ -104,6 +105,8 @@ def collect_grams(
         Where to compute; None is the model's own device. On another one the tokens run block by block
         (`cospadi.calibration.blockwise`), so a block, its Grams and one batch are all that must fit, and the Grams are
         yielded on the CPU. A model that cannot run so lies there as a whole.
+    keep_going
+        Give NaN for the Gram of an input that is not finite, in place of an error.
 
     Yields
     ------
@@ -131,10 +134,12 @@ def collect_grams(
     if not wanted:
         return iter(())
     if device is None or device == next(model.parameters()).device:
-        return collect_here(model, wanted, ids, batch_size, max_gram_bytes, progress)
+        return collect_here(model, wanted, ids, batch_size, max_gram_bytes, progress, keep_going)
     from cospadi.calibration.blockwise_statistics import collect_on_device
 
-    return collect_on_device(model, wanted, ids, batch_size, max_gram_bytes, progress, device)
+    return collect_on_device(
+        model, wanted, ids, batch_size, max_gram_bytes, progress, keep_going, device
+    )
 
 
 def collect_here(
@@ -144,6 +149,7 @@ def collect_here(
     batch_size: int,
     max_gram_bytes: int | None,
     progress: Progress | None,
+    keep_going: bool,
 ) -> Iterator[GramPass]:
     """Run `collect_grams` on the device where the model lies, as a whole; the arguments have been checked."""
     device = next(model.parameters()).device
@@ -156,7 +162,7 @@ def collect_here(
         passes = plan_passes(input_groups(model, targets, ids), max_gram_bytes)
         n_batches = -(-ids.shape[0] // batch_size)
         for index, part in enumerate(passes):
-            stream = _Stream(decoder, modules, blocks, ids, batch_size, device)
+            stream = _Stream(decoder, modules, blocks, ids, batch_size, device, keep_going)
             count = _offset_progress(progress, index * n_batches, len(passes) * n_batches)
             # yielded at once: a local name would keep the Grams alive while the caller works on them
             yield _run_pass(stream, part, index, len(passes), count)
@@ -174,6 +180,7 @@ class _Stream:
     ids: Tensor
     batch_size: int
     device: torch.device
+    keep_going: bool
 
 
 def _offset_progress(
@@ -194,7 +201,7 @@ def _run_pass(
     count: Callable[[int], None],
 ) -> GramPass:
     started = time.perf_counter()
-    observer = GramObserver(part, stream.device)
+    observer = GramObserver(part, stream.device, keep_going=stream.keep_going)
     watched = {name: stream.modules[name] for group in part for name in group.members}
     with observe_inputs(watched, observer, _stop_block(part, stream.blocks)):
         for number, batch in enumerate(torch.split(stream.ids, stream.batch_size)):
@@ -282,14 +289,14 @@ def finish_grams(part: Sequence[InputGroup], observer: GramObserver) -> dict[str
     """
     grams = {}
     for group in part:
-        accumulator = observer.accumulators.pop(group.key)
-        if accumulator.n_tokens == 0:
+        n_tokens = observer.accumulators[group.key].n_tokens
+        if n_tokens == 0:
             raise InputError(
                 f"no calibration token reached {group.key}: use more calibration samples, or ignore the module"
             )
-        grams[group.key] = ActivationGram(
-            accumulator.mean(), accumulator.n_tokens, 0, list(group.members)
-        )
+        gram = observer.mean(group.key)
+        n_bad = int(group.key in observer.failures)
+        grams[group.key] = ActivationGram(gram, n_tokens, n_bad, list(group.members))
     return grams
 
 

@@ -216,6 +216,7 @@ def collect_streamed_grams(
     max_gram_bytes: int | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    keep_going: bool = False,
 ) -> Iterator[GramPass]:
     """Yield the Grams that `cospadi.calibration.statistics.collect_grams` yields, a block or a part of one at a time.
 
@@ -225,7 +226,7 @@ def collect_streamed_grams(
         The model.
     targets : sequence of TargetLinear
         Layers in the decoder blocks.
-    ids, batch_size, progress
+    ids, batch_size, progress, keep_going
         As for `collect_grams`.
     max_gram_bytes : int, optional
         Bound on the Grams held at a time; a block whose Grams exceed it runs several times.
@@ -259,7 +260,7 @@ def collect_streamed_grams(
             raise InputError(f"{target.name} lies outside the decoder blocks: ignore it")
     if not targets:
         return iter(())
-    return _collect(source, targets, ids, batch_size, max_gram_bytes, folder, progress)
+    return _collect(source, targets, ids, batch_size, max_gram_bytes, folder, progress, keep_going)
 
 
 def _collect(
@@ -270,6 +271,7 @@ def _collect(
     max_gram_bytes: int | None,
     folder: Path | None,
     progress: Progress | None,
+    keep_going: bool,
 ) -> Iterator[GramPass]:
     started = time.perf_counter()
     decoder = StreamedDecoder(source)
@@ -286,7 +288,7 @@ def _collect(
     try:
         for index in range(last + 1):
             wanted = [target for target in targets if target.block == index]
-            run = _BlockRun(source, decoder, index, wanted, hidden, parts)
+            run = _BlockRun(source, decoder, index, wanted, hidden, parts, keep_going)
             for gram_pass in run.passes(max_gram_bytes, probe.shape[1], is_last=index == last):
                 started = time.perf_counter()
                 grams = gram_pass()
@@ -325,7 +327,9 @@ class _BlockRun:
         targets: Sequence[TargetLinear],
         hidden: HiddenStates,
         parts: Sequence[slice],
+        keep_going: bool,
     ) -> None:
+        self._keep_going = keep_going
         self._source = source
         self._decoder = decoder
         self._index = index
@@ -365,7 +369,7 @@ class _BlockRun:
         if not part and not moves_on:
             return {}
         block = self._decoder.names[self._index]
-        observer = GramObserver(part, torch.device("cpu"))
+        observer = GramObserver(part, torch.device("cpu"), keep_going=self._keep_going)
         with self._source.resident(block):
             watched = {
                 name: self._source.model.get_submodule(name)

@@ -59,7 +59,10 @@ class GramSource:
         self.log.progress("calibration", done=done, total=total)
 
     def collect(self, targets: Sequence[TargetLinear]) -> Iterator[GramPass]:
-        """Yield the Grams of the targets' inputs, see `cospadi.calibration.statistics.collect_grams`."""
+        """Yield the Grams of the targets' inputs, see `cospadi.calibration.statistics.collect_grams`.
+
+        NaN where inputs are not finite.
+        """
         limit = self.recipe.max_gram_gb
         max_gram_bytes = None if limit is None else int(limit * 2**30)
         if isinstance(self.source, StreamedSource):
@@ -73,6 +76,7 @@ class GramSource:
                 max_gram_bytes=max_gram_bytes,
                 folder=self.spill,
                 progress=self.progress,
+                keep_going=True,
             )
         if self.folder is None:
             return collect_grams(
@@ -83,6 +87,7 @@ class GramSource:
                 max_gram_bytes=max_gram_bytes,
                 progress=self.progress,
                 device=self.device,
+                keep_going=True,
             )
         return collect_cached_grams(
             self.source.model,
@@ -95,4 +100,5 @@ class GramSource:
             max_gram_bytes=max_gram_bytes,
             progress=self.progress,
             device=self.device,
+            keep_going=True,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cospadi.errors import InputError
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamingUnsupported, check_streamable
 from cospadi.pipeline.memory import (
@@ -64,6 +65,8 @@ def resources(
             check_streamable(model)
         except StreamingUnsupported:
             can_stream = False
+        except InputError:  # no weights yet, or damaged ones: compress will say so
+            can_stream = True
     limit = None if max_memory is None else parse_size(max_memory, "max_memory")
     chosen = choose_layout(
         shapes, targets, plan, recipe, limit=limit, can_stream=can_stream, workers=workers
