@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.checkpoint.safetensors_file import read_header
+from cospadi.checkpoint.strict_json import MAX_JSON_BYTES
 from cospadi.errors import InputError
 from cospadi.model.locate import one_line
 
@@ -65,6 +66,8 @@ class WeightCount:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise an `InputError` that names the file."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error

@@ -447,7 +447,7 @@ def stored_dtype(source: SourceModel | StreamedSource) -> str | None:
     config = source.path / "config.json"
     try:
         data = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     value = data.get("dtype", data.get("torch_dtype")) if isinstance(data, dict) else None
     return value if isinstance(value, str) else None

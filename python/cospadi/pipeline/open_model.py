@@ -24,7 +24,7 @@ def is_compressed(path: str | Path) -> bool:
     config = Path(path) / "config.json"
     try:
         data = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     section = data.get(CONFIG_KEY) if isinstance(data, dict) else None
     return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD

@@ -151,8 +151,23 @@ def _set_budget(values: dict[str, Any], given: Mapping[str, Any]) -> None:
         values["coeffs_dtype"] = AUTO
 
 
+MAX_RECIPE_BYTES = 1_000_000
+MAX_OPEN_BRACKETS = 200
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML silently takes the last."""
+    """A safe loader that refuses a key given twice, where YAML silently takes the last, and aliases.
+
+    A few lines of aliases can stand for more entries than there is memory; no recipe needs one.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor!s:.40}: not used in recipes", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -188,12 +203,18 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     """Settings of a YAML recipe file, not yet checked, with their lines."""
     file = Path(path)
     try:
+        if file.stat().st_size > MAX_RECIPE_BYTES:
+            raise InputError(f"recipe {file}: more than {MAX_RECIPE_BYTES} bytes")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file}: cannot be read: {error}") from None
+    if _depth(text) > MAX_OPEN_BRACKETS:  # before parsing, which takes the square of it
+        raise InputError(f"recipe {file}: nested too deeply")
     try:
         data = yaml.load(text, Loader=_UniqueKeys)
         lines = _lines(yaml.compose(text, Loader=_UniqueKeys))
+    except RecursionError:
+        raise InputError(f"recipe {file}: nested too deeply") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
@@ -205,6 +226,15 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     if not isinstance(data, dict):
         raise InputError(f"recipe {file}: expected key: value lines at top level")
     return RecipeFile(data, lines)
+
+
+def _depth(text: str) -> int:
+    """Most brackets that are open at a time, wherever they stand."""
+    depth = most = 0
+    for mark in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if mark in "[{" else -1))
+        most = max(most, depth)
+    return most
 
 
 def _lines(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:

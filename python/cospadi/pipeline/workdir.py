@@ -152,7 +152,7 @@ class ResultStore:
     ) -> tuple[FactorSpec, SparseFactor, dict[str, Any]] | None:
         try:
             folder = self.path / stage
-            record = json.loads((folder / f"{name}.json").read_text())
+            record = read_json_object(folder / f"{name}.json")
             data = (folder / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != record["sha256"]:
                 return None
@@ -178,9 +178,9 @@ class ResultStore:
     def load_record(self, kind: str, name: str) -> dict[str, Any] | None:
         """What `store_record` kept; None if it is missing, damaged or of a run with other settings."""
         try:
-            record = json.loads((self.path / kind / f"{name}.json").read_text())
+            record = read_json_object(self.path / kind / f"{name}.json")
             return dict(record["data"]) if record["fingerprint"] == self.fingerprint else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             return None
 
     def store_tensor(self, kind: str, name: str, tensor: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ class ResultStore:
                 return None
             tensors: dict[str, torch.Tensor] = load_tensors(data)
             return tensors["tensor"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
 
 
@@ -255,8 +255,8 @@ class WorkDir(ResultStore):
 
     def _check_same_run(self, run_file: Path, wanted: dict[str, Any]) -> None:
         try:
-            found = json.loads(run_file.read_text())["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json_object(run_file)["settings"]
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{run_file}: damaged; delete {self.path} to start anew") from None
         if found == wanted:
             return
