@@ -63,8 +63,8 @@ def serve(vllm_venv, tmp_path) -> Callable[..., VllmServer]:
     """Return a function that starts a server of a folder, with options; servers end with the test."""
     servers: list[VllmServer] = []
 
-    def start(folder: Path, *options: str) -> VllmServer:
-        servers.append(VllmServer(vllm_venv, folder, tmp_path / "server.log", options))
+    def start(folder: Path, *options: str, **more: str) -> VllmServer:
+        servers.append(VllmServer(vllm_venv, folder, tmp_path / "server.log", options, **more))
         return servers[-1]
 
     yield start

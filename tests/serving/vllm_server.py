@@ -40,13 +40,22 @@ class VllmServer:
     log : Path
         Takes what the server prints.
     options : sequence of str
-        More options of the server.
+        More options of the server; the last of several counts.
+    module : str
+        The server.
     """
 
-    def __init__(self, venv: Path, folder: Path, log: Path, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        venv: Path,
+        folder: Path,
+        log: Path,
+        options: Sequence[str] = (),
+        module: str = "vllm.entrypoints.openai.api_server",
+    ) -> None:
         self.port, self.log = free_port(), log
         command = [
-            *(str(venv / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *(str(venv / "bin" / "python"), "-m", module),
             *("--model", str(folder)),
             *("--dtype", "float32", "--max-model-len", "256", "--block-size", "128"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "small"),
