@@ -74,7 +74,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 10 == 0:
+        if step % 10 == 0 or step + 1 == options.steps:
             seconds = time.perf_counter() - started
             print(f"step {step}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
     result["seconds"] = time.perf_counter() - started

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from compressed_models import (
     FAMILIES,
     compress_randomly,
@@ -213,7 +214,15 @@ def test_devices(stored, monkeypatch):
         ({"num_hidden_layers": 3}, "is missing, it would be random"),
         ({"num_hidden_layers": "two"}, "cannot build the model"),
         ({"hidden_size": 40}, "is .*gives"),
-        ({"vocab_size": 60}, "cannot build the model"),
+        pytest.param(
+            {"vocab_size": 60},
+            "cannot build the model",
+            # 5.16 takes the file's shape instead of the config's
+            marks=pytest.mark.skipif(
+                tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+                reason="older transformers follow the file",
+            ),
+        ),
         ({"model_type": "nonsense"}, "cannot build the model"),
         ({"model_type": "gpt2"}, "has no such module"),
         ({"transformers_weights": "../other.safetensors"}, "names other weights"),

@@ -129,6 +129,7 @@ class CospadiHfQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             _check_files([Path(file) for file in checkpoint_files], self.data)
         self.quantization_config.data = convert_to_compressed(model, self.data, dtype=dtype)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(
         self,
@@ -146,6 +147,8 @@ class CospadiHfQuantizer(HfQuantizer):
             if not spread:
                 _check_loaded(layer, name)
             layer.freeze()
+        _cast_renamed(model, self._dtypes)
+        for name, layer in compressed_modules(model).items():
             factor = layer.factor()
             if not any(tensor.is_meta for tensor in factor.tensors().values()):
                 factor.validate(name, self.data.modules[name].leader)
@@ -236,6 +239,18 @@ def _check_files(files: list[Path], data: CospadiConfigData) -> None:
             raise CheckpointError(f"{file}: the index leads out of {files[0].parent}")
     tensors = {name: info for file in files for name, info in read_header(file).items()}
     check_tensors(data, tensors)
+
+
+def _cast_renamed(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters the type that was asked for, where the loader has kept the stored one.
+
+    transformers 5.19 and older do so for tensors whose names they change (experts, models without
+    their head). What is float32 stays: it may be meant to be.
+    """
+    for name, parameter in model.named_parameters():
+        expected = dtypes.get(name, parameter.dtype)
+        if parameter.dtype not in (expected, torch.float32) and not parameter.is_meta:
+            parameter.data = parameter.data.to(expected)
 
 
 def _check_loaded(layer: CospadiLinear, name: str) -> None:

@@ -275,6 +275,14 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _gguf_arguments() -> dict[str, Any]:
+    """Return what makes transformers multiply GGUF weights out; before ``GgufConfig`` it always did."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def _load_model(
     location: Location, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -284,9 +292,7 @@ def _load_model(
     name = location.name
     arguments = dict(location.load_arguments)
     if location.gguf_file is not None:
-        from transformers import GgufConfig
-
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
+        arguments |= _gguf_arguments()
     try:
         # the GGUF reader draws its progress bar on stderr, whatever transformers' settings say
         with quiet_transformers(), redirect_stderr(io.StringIO()):
