@@ -268,6 +268,22 @@ def test_help_and_version(cli):
     assert code == 2 and stdout == "" and stderr.startswith("Usage: ") and "compress" in stderr
 
 
+@pytest.mark.parametrize(
+    ("built", "devices", "torch_has_cuda", "says"),
+    [
+        (False, 0, False, "none: this build has no CUDA"),
+        (True, 0, True, "not usable: no CUDA device or driver"),
+        (True, 1, False, "not usable: torch sees no CUDA device"),
+        (True, 1, True, "inference"),
+    ],
+)
+def test_doctor_says_what_cuda_is_good_for(built, devices, torch_has_cuda, says):
+    from cospadi.cli.doctor import _cuda_kernels
+
+    runtime = {"cuda_built": built, "cuda_devices": devices}
+    assert says in _cuda_kernels(runtime, torch_has_cuda)
+
+
 def test_doctor(cli):
     code, stdout, _ = cli("doctor", "--json", "-")
     info = json.loads(stdout)

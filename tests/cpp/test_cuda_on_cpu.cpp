@@ -201,11 +201,11 @@ TEST_F(CudaOnCpu, TensorCores) {
   }
 }
 
-__global__ void load_matrices(uint32_t* out, bool is_transposed) {
+__global__ void load_matrices(uint32_t* out, bool is_transposed, bool is_right) {
   auto* shared = dynamic_shared<uint16_t>();
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = lane; i < 256; i += 32) shared[i] = static_cast<uint16_t>(i);
-  __syncwarp();
+  if (is_right) __syncwarp();
   uint32_t r[4];
   if (is_transposed) {
     ldmatrix_x4_transposed(r, shared + 8 * lane);
@@ -218,7 +218,7 @@ __global__ void load_matrices(uint32_t* out, bool is_transposed) {
 TEST_F(CudaOnCpu, MatrixLoads) {
   for (const bool is_transposed : {false, true}) {
     std::vector<uint32_t> out(128);
-    launch(&load_matrices, 1, 32, 512, nullptr, out.data(), is_transposed);
+    launch(&load_matrices, 1, 32, 512, nullptr, out.data(), is_transposed, true);
     for (uint32_t lane = 0; lane < 32; ++lane) {
       const uint32_t g = lane / 4;
       const uint32_t t = 2 * (lane % 4);
@@ -229,6 +229,14 @@ TEST_F(CudaOnCpu, MatrixLoads) {
       }
     }
   }
+}
+
+TEST_F(CudaOnCpu, MatrixLoadsWithoutABarrierBefore) {
+  std::vector<uint32_t> right(128);
+  std::vector<uint32_t> wrong(128);
+  launch(&load_matrices, 1, 32, 512, nullptr, right.data(), false, true);
+  launch(&load_matrices, 1, 32, 512, nullptr, wrong.data(), false, false);
+  EXPECT_NE(right, wrong);
 }
 
 TEST_F(CudaOnCpu, ImpossibleLaunchesAreRefused) {

@@ -141,8 +141,9 @@ void mma(const char* name,
   cuda_on_cpu::warp_collective(name, 0xffffffffU, &fragments, &multiply<kType>, nullptr, where);
 }
 
+/// A row as it was when its lane arrived: only a barrier before orders the writes of other lanes.
 struct MatrixRow {
-  const void* row;
+  uint16_t row[8];
   uint32_t* result;
 };
 
@@ -156,7 +157,7 @@ void load_matrices(void* const operands[32], const void*) {
         int col = 2 * (lane % 4) + h;
         if (kTransposed) std::swap(row, col);
         const auto& source = *static_cast<const MatrixRow*>(operands[8 * matrix + row]);
-        word |= uint32_t{static_cast<const uint16_t*>(source.row)[col]} << (16 * h);
+        word |= uint32_t{source.row[col]} << (16 * h);
       }
       static_cast<const MatrixRow*>(operands[lane])->result[matrix] = word;
     }
@@ -171,7 +172,8 @@ void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, const CudaWhe
       reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     cuda_on_cpu::fail(std::string(name) + ": expected 16 aligned bytes of shared memory", where);
   }
-  MatrixRow operand{row, r};
+  MatrixRow operand{{}, r};
+  std::memcpy(operand.row, row, sizeof(operand.row));
   cuda_on_cpu::warp_collective(
       name, 0xffffffffU, &operand, &load_matrices<kTransposed>, nullptr, where);
 }
