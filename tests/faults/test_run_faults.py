@@ -144,25 +144,13 @@ def test_torn_results_are_fitted_again(damage, undisturbed, tiny_model_dir, tiny
 def test_activations_that_overflow_leave_their_layers_dense(
     spill, damaged_dir, tiny_text, tmp_path, monkeypatch
 ):
-    """The probe at opening is short of the tokens that overflow: only calibration meets them."""
+    """Every input of the second block is infinite; what opening a model checks is left out."""
     path = damaged_dir / "model.safetensors"
     tensors = load_file(path)
-    tokenizer = json.loads((damaged_dir / "tokenizer.json").read_text())
-    rare = max(tokenizer["model"]["vocab"].values())
-    tensors["model.embed_tokens.weight"][rare // 2 :] = 3e38
-    save_file(tensors, path, metadata={"format": "pt"})
-    monkeypatch.setattr("cospadi.model.source._PROBE_TEXT", "!")
-    settings = {**SETTINGS, "calibration": str(tiny_text), "spill": spill}
-    with pytest.raises(CospadiError, match="every layer would have to stay dense"):
-        compress(damaged_dir, tmp_path / "out", **settings)
-
-    # the second block alone overflows
-    tensors["model.embed_tokens.weight"].copy_(
-        torch.randn(tensors["model.embed_tokens.weight"].shape) * 0.15
-    )
     tensors["model.layers.1.input_layernorm.weight"].fill_(3e38)
     save_file(tensors, path, metadata={"format": "pt"})
     monkeypatch.setattr("cospadi.model.source._check_runs", lambda *_: None)
+    settings = {**SETTINGS, "calibration": str(tiny_text), "spill": spill}
     result = compress(damaged_dir, tmp_path / "two", **settings)
     assert {name.split(".")[2] for name in result.failed} == {"1"}
     assert {name.split(".")[2] for name in result.reports} == {"0"}

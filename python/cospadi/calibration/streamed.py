@@ -152,7 +152,7 @@ class StreamedDecoder(BlockwiseDecoder):
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs[index] = self._split_call(index, args, kwargs)[0].clone()
-            if index and not torch.equal(inputs[index], outputs[index - 1]):
+            if index and not _same(inputs[index], outputs[index - 1]):
                 raise self._unsupported(
                     f"hidden states change between blocks {index - 1} and {index}"
                 )
@@ -168,7 +168,7 @@ class StreamedDecoder(BlockwiseDecoder):
                 again = self._hidden_of(
                     index, calls[index].run(self.blocks[index], inputs[index].clone())
                 )
-            if not torch.equal(again, outputs[index]):
+            if not _same(again, outputs[index]):
                 raise self._unsupported(
                     f"block {index} on stored hidden states gives other values than the ordinary forward"
                 )
@@ -383,6 +383,13 @@ class _BlockRun:
                         self._hidden.put(samples, output)
                     del output
         return finish_grams(part, observer)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether values are equal, NaN to NaN: activations that overflow are judged where the Grams are made."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(nan=0.0), other.nan_to_num(nan=0.0)
+    )
 
 
 class _Runner(nn.Module):

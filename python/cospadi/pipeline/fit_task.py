@@ -186,7 +186,7 @@ def failure_reason(error: Exception, name: str) -> str:
     """One line on why the modules of a task stay dense."""
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, CospadiError):
-        text = f"{type(error).__name__}: {text}"
+        text = f"{type(error).__name__.lstrip('_')}: {text}"
     return text.removeprefix(f"{name}: ")[:1000]
 
 
