@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -36,8 +37,13 @@ class EventLog:
             "time_s": round(time.perf_counter() - self._start, 3),
             **data,
         }
-        self._sink.write(json.dumps(record) + "\n")
-        self._sink.flush()
+        try:
+            self._sink.write(json.dumps(record) + "\n")
+            self._sink.flush()
+        except OSError as error:  # a full disk
+            raise InputError(
+                f"{self._sink.name}: cannot be written: {error.strerror or error}"
+            ) from None
         if self._listener is not None:
             self._listener(record)
 
@@ -55,4 +61,5 @@ class EventLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._sink.close()
+        with suppress(OSError):  # what could not be written has been said
+            self._sink.close()
