@@ -21,6 +21,17 @@ settings.register_profile("random", derandomize=False)
 settings.load_profile("random" if os.environ.get("COSPADI_TEST_RANDOM") == "1" else "repeatable")
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Give every test the thread count of the session: results depend on it, and commands and workers set it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def quiet_transformers() -> None:
     """No progress bars or advice on the terminal; not automatic, since many tests never import transformers."""
