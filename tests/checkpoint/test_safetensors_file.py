@@ -49,6 +49,15 @@ def test_reads_what_safetensors_writes(tmp_path):
         assert torch.equal(loaded, tensor)
 
 
+def test_values_begin_at_a_cache_line_wherever_the_file_has_them(tmp_path):
+    tensors = {f"t{n}": torch.randn(n) for n in range(1, 40)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = [
+        read_tensor(info, name) for name, info in read_header(tmp_path / "a.safetensors").items()
+    ]
+    assert {tensor.data_ptr() % 64 for tensor in read} == {0}
+
+
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [

@@ -124,11 +124,13 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     """
     if info.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype)
-    buffer = bytearray(info.nbytes)
+    # Memory from torch starts at a cache line. Elsewhere (in a bytearray) the start changes from process to process,
+    # and with it the last bits of products in the libraries below: runs from the same files would differ.
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     try:
         with info.file.open("rb") as stream:
             stream.seek(info.offset)
-            count = stream.readinto(buffer)
+            count = stream.readinto(buffer.numpy().data)
     except OSError as error:
         raise CheckpointError(
             f"{info.file}: {name} cannot be read ({error.strerror or error})"
@@ -137,8 +139,7 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
         raise CheckpointError(
             f"{info.file}: {name} is truncated, expected {info.nbytes} bytes, got {count}"
         )
-    # The tensor keeps the buffer alive; nothing is copied.
-    return torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
+    return buffer.view(info.dtype).reshape(info.shape)
 
 
 def _parse_entry(path: Path, name: str, item: object, data_start: int) -> TensorInfo:

@@ -424,9 +424,11 @@ def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -
     if num_threads is None and workers is not None and workers > 1:
         num_threads = worker_threads(workers)
     if num_threads is None:
-        return
+        num_threads = torch.get_num_threads()
     if num_threads < 1:
         raise InputError(f"threads: expected at least 1, got {num_threads}")
+    # Also where nothing was asked: a count that was set is kept by the library of the products, which may lower its own
+    # choice, so that a run in a process whose count was ever set would differ from the same run in another.
     torch.set_num_threads(num_threads)
 
 
