@@ -1,93 +1,112 @@
 // x D for a few rows of x, with the dictionary as it is stored: one row per input.
 //
-// The sums of a block of atoms stay in registers while the inputs pass by, so that the dictionary
-// is read once, in whole cache lines, and needs no second copy in another order.
+// The sums of all atoms stay in the L1 cache while the inputs pass by, some at a time: so the
+// dictionary is read once, from its first byte to its last, and needs no second copy in another
+// order. (Sums in registers ask for narrow strips of it: half of the memory's rate, measured.)
 
-/// Mask words of atoms whose sums, with kRows rows of x, fill half of the registers.
-template <int kRows>
-constexpr int block_words() {
-#if defined(COSPADI_TARGET_AVX512)
-  constexpr int kSums = 16;
-#else
-  constexpr int kSums = 8;
-#endif
+/// Inputs whose rows are added to the sums together: a sum is loaded and stored once for all.
+constexpr int kInputsTogether = 8;
+
+/// Atoms whose sums, with all rows of x, stay in the L1 cache.
+constexpr int64_t kLinearBlock = 1024;
+
+/// Bytes of the dictionary fetched ahead, into the L2 cache.
+constexpr int64_t kDictionaryAhead = 16384;
+
+/// sums(r, j) += x(r, i) row_i(j) for kInputs inputs i in order, whose rows begin at `row`, kRows
+/// rows of x and n_words mask words of atoms, the lanes of each word in the order of its expansion.
+/// `kChecked`: the words may reach beyond the dictionary.
+template <class C, int kRows, int kInputs, bool kChecked>
+inline void add_inputs(const StoredDictionary& dictionary,
+                       const C* row,
+                       int64_t n_words,
+                       const float* x,
+                       int64_t x_stride,
+                       float* sums,
+                       int64_t sums_stride) {
   constexpr int kParts = static_cast<int>(kMaskWord) / kWidth<float>;
-  return std::max(1, kSums / (kRows * kParts));
-}
-
-constexpr int64_t kLinearBlock = block_words<1>() * kMaskWord;
-
-/// kRows rows of x times kWords words of atoms from `column` on. `kChecked`: the last word may
-/// reach beyond the dictionary.
-template <class C, int kRows, int kWords, bool kChecked>
-inline void multiply_words(const StoredDictionary& dictionary,
-                           int64_t column,
-                           const float* x,
-                           int64_t x_stride,
-                           float* out,
-                           int64_t out_stride) {
-  constexpr int kParts = static_cast<int>(kMaskWord) / kWidth<float>;
-  // Rows ahead of the one in use: a row of few words is less than what memory delivers meanwhile.
-  constexpr int64_t kRowsAhead = 16;
-  const C* row = static_cast<const C*>(dictionary.data) + column;
   const C* const end = static_cast<const C*>(dictionary.end);
+  const int64_t row_bytes = dictionary.stride * static_cast<int64_t>(sizeof(C));
+  const int64_t ahead =
+      dictionary.stride * (kInputs + kDictionaryAhead / std::max<int64_t>(row_bytes, 1));
   C local[kChecked ? kMaskWord : 1];
-  Vec<float> sum[kRows][kWords * kParts];
+  for (int64_t word = 0; word < n_words; ++word) {
+    float* const word_sums = sums + word * kMaskWord;
+    Vec<float> sum[kRows][kParts];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kWords * kParts; ++i) sum[r][i] = Vec<float>{};
-  }
-  for (int64_t input = 0; input < dictionary.d_in; ++input, row += dictionary.stride) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int w = 0; w < kWords; ++w) {
-      const C* p = row + w * kMaskWord;
+      for (int i = 0; i < kParts; ++i) {
+        sum[r][i] = load(word_sums + r * sums_stride + i * kWidth<float>);
+      }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < kInputs; ++k) {
+      const C* p = row + k * dictionary.stride + word * kMaskWord;
       if constexpr (kChecked) {
-        if (w == kWords - 1) p = readable(p, end, local);
+        p = readable(p, end, local);
       } else {
-        __builtin_prefetch(p + kRowsAhead * dictionary.stride, 0, 2);
+        __builtin_prefetch(p + ahead, 0, 2);
       }
       const ExpandedFloats<C> atoms(~uint32_t{0}, p);
 #pragma GCC unroll 8
       for (int i = 0; i < kParts; ++i) {
         const Vec<float> part = atoms.part(i);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          sum[r][w * kParts + i] += splat(x[r * x_stride + input]) * part;
-        }
+        for (int r = 0; r < kRows; ++r) sum[r][i] += splat(x[r * x_stride + k]) * part;
       }
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int w = 0; w < kWords; ++w) {
-      float lanes[kMaskWord];
-      std::memcpy(lanes, &sum[r][w * kParts], sizeof(lanes));
-      float* const word = out + r * out_stride + w * kMaskWord;
-      for (int64_t i = 0; i < kMaskWord; ++i) word[position_of<C>(i)] = lanes[i];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kParts; ++i) {
+        store(word_sums + r * sums_stride + i * kWidth<float>, sum[r][i]);
+      }
     }
   }
 }
 
-/// As many words at a time as the registers hold, then one by one; the last word is checked.
+/// All inputs, kRows rows of x, n_atoms atoms from `first` on.
 template <class C, int kRows>
-inline void multiply_block(const StoredDictionary& dictionary,
-                           int64_t first,
-                           int64_t n_atoms,
-                           const float* x,
-                           int64_t x_stride,
-                           float* out,
-                           int64_t out_stride) {
-  constexpr int kWords = block_words<kRows>();
-  int64_t j = 0;
-  for (; j + kWords * kMaskWord <= n_atoms; j += kWords * kMaskWord) {
-    multiply_words<C, kRows, kWords, false>(
-        dictionary, first + j, x, x_stride, out + j, out_stride);
+inline void multiply_rows_of_x(const StoredDictionary& dictionary,
+                               int64_t first,
+                               int64_t n_atoms,
+                               const float* x,
+                               int64_t x_stride,
+                               float* out,
+                               int64_t out_stride) {
+  const int64_t n_words = word_count(n_atoms);
+  for (int r = 0; r < kRows; ++r) std::fill_n(out + r * out_stride, n_words * kMaskWord, 0.0F);
+  const auto add = [&](auto inputs, int64_t input) {
+    constexpr int kInputs = decltype(inputs)::value;
+    const C* const row = static_cast<const C*>(dictionary.data) + input * dictionary.stride + first;
+    // Words of all rows but the last few lie before the dictionary's end: beyond a row comes the
+    // next one, whose values reach only sums that nobody reads.
+    const C* const last_row = row + (kInputs - 1) * dictionary.stride;
+    const bool is_inside = static_cast<const C*>(dictionary.end) - last_row >= n_words * kMaskWord;
+    const int64_t n_free = is_inside ? n_words : n_atoms / kMaskWord;
+    add_inputs<C, kRows, kInputs, false>(
+        dictionary, row, n_free, x + input, x_stride, out, out_stride);
+    add_inputs<C, kRows, kInputs, true>(dictionary,
+                                        row + n_free * kMaskWord,
+                                        n_words - n_free,
+                                        x + input,
+                                        x_stride,
+                                        out + n_free * kMaskWord,
+                                        out_stride);
+  };
+  int64_t input = 0;
+  for (; input + kInputsTogether <= dictionary.d_in; input += kInputsTogether) {
+    add(std::integral_constant<int, kInputsTogether>{}, input);
   }
-  for (; j + kMaskWord <= n_atoms; j += kMaskWord) {
-    multiply_words<C, kRows, 1, false>(dictionary, first + j, x, x_stride, out + j, out_stride);
-  }
-  if (j < n_atoms) {
-    multiply_words<C, kRows, 1, true>(dictionary, first + j, x, x_stride, out + j, out_stride);
+  for (; input < dictionary.d_in; ++input) add(std::integral_constant<int, 1>{}, input);
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t word = 0; word < n_words; ++word) {
+      float* const word_out = out + r * out_stride + word * kMaskWord;
+      float lanes[kMaskWord];
+      std::memcpy(lanes, word_out, sizeof(lanes));
+      for (int64_t i = 0; i < kMaskWord; ++i) word_out[position_of<C>(i)] = lanes[i];
+    }
   }
 }
 
@@ -104,7 +123,7 @@ void multiply_dictionary_rows(const StoredDictionary& dictionary,
   const auto run = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
     for (; r + kRows <= rows; r += kRows) {
-      multiply_block<C, kRows>(
+      multiply_rows_of_x<C, kRows>(
           dictionary, first, n_atoms, x + r * x_stride, x_stride, out + r * out_stride, out_stride);
     }
   };

@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "checkpoint.format",
         "checkpoint.reader",  # checks of a checkpoint's tensors before transformers loads them
         "checkpoint.safetensors_file",
+        "model.huge_pages",
         "model.layers",
         "ops",
         "factor",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cospadi import native
 from cospadi.errors import CospadiError
@@ -17,6 +18,7 @@ from cospadi.evaluation.timing import Timing, clock_of, measure_in_turn, torch_t
 from cospadi.factor import FactorSpec, SparseFactor
 from cospadi.learn.budget import StorageWidths
 from cospadi.learn.methods import factor_size
+from cospadi.model.huge_pages import use_huge_pages
 from cospadi.model.layers import CospadiLinear
 from cospadi.native import CODE_FORMATS
 
@@ -115,7 +117,8 @@ def measure_linears(
     threads, repeats : int
         Threads of every contender, and rounds.
     megabytes : int
-        Copies of every matrix are used in turn, so many megabytes together, that no cache holds them.
+        Copies of every matrix are used in turn, so many megabytes together, that no cache holds them. Those for our
+        kernels lie in huge pages (`cospadi.model.huge_pages`), torch's where torch puts them.
 
     Returns
     -------
@@ -256,6 +259,7 @@ def _layers_in_turn(
 ) -> Callable[[], torch.Tensor]:
     n_copies = _n_copies(layer.spec.stored_bytes, megabytes)
     copies = [layer] + [copy.deepcopy(layer) for _ in range(n_copies - 1)]
+    use_huge_pages(copies)  # as loading a checkpoint does
     turn = itertools.cycle(copies)
     return lambda: next(turn)(x)
 
@@ -265,5 +269,11 @@ def _products_in_turn(
 ) -> Callable[[], torch.Tensor]:
     copies = [weight]
     copies += [weight.clone() for _ in range(_n_copies(weight.nbytes, megabytes) - 1)]
+    if (
+        product is _own_dense
+    ):  # our kernels differ in the format alone; torch's memory is what its users have
+        holder = nn.ParameterList(nn.Parameter(one, requires_grad=False) for one in copies)
+        use_huge_pages([holder])
+        copies = list(holder)
     turn = itertools.cycle(copies)
     return lambda: product(x, next(turn))

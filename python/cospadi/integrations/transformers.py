@@ -30,6 +30,7 @@ from cospadi.checkpoint.reader import check_tensors
 from cospadi.checkpoint.safetensors_file import read_header
 from cospadi.errors import CheckpointError, InputError
 from cospadi.factor import STORAGE_DTYPES, dtype_name
+from cospadi.model.huge_pages import use_huge_pages
 from cospadi.model.layers import (
     CospadiLinear,
     compressed_modules,
@@ -152,6 +153,7 @@ class CospadiHfQuantizer(HfQuantizer):
             factor = layer.factor()
             if not any(tensor.is_meta for tensor in factor.tensors().values()):
                 factor.validate(name, self.data.modules[name].leader)
+        use_huge_pages(compressed_modules(model).values())
         return model
 
     def get_state_dict_and_metadata(
