@@ -127,6 +127,7 @@ void multiply_dictionary_rows(const StoredDictionary& dictionary,
           dictionary, first, n_atoms, x + r * x_stride, x_stride, out + r * out_stride, out_stride);
     }
   };
+  if constexpr (kWidth<float> == 16) run(std::integral_constant<int, 8>{});  // 16 sums
   run(std::integral_constant<int, 4>{});
   run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
@@ -154,5 +155,5 @@ inline void multiply_dictionary(const StoredDictionary& dictionary,
 }
 
 constexpr LinearKernels make_linear_kernels() {
-  return {.max_rows = 8, .block = kLinearBlock, .multiply_dictionary = multiply_dictionary};
+  return {.max_rows = 16, .block = kLinearBlock, .multiply_dictionary = multiply_dictionary};
 }
