@@ -2,7 +2,7 @@
 
 `pretended_device` opens a mode in which ``torch.device("pretend")`` works. A tensor there wraps a CPU tensor, and every
 operator runs on what is wrapped. As on a GPU it is an error to mix such tensors with CPU tensors (of one dimension or
-more), and every value that Python reads from the device is counted. torch's build for the CPU has no device guard for
+more), every value that Python reads from the device is counted, and so are the bytes of its tensors. torch's build for the CPU has no device guard for
 ``cuda``, so the device is torch's place for back ends from outside; the code under test asks for CPU or not.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -112,6 +113,18 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.peak_bytes = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def hold(self, tensor: torch.Tensor) -> PretendTensor:
+        """Place a CPU tensor on the device as it is; its storage counts until nobody has it any more."""
+        storage = tensor.untyped_storage()
+        known = self._held.get(storage._cdata)
+        if known is None or known[0].expired():
+            self._held = {k: item for k, item in self._held.items() if not item[0].expired()}
+            self._held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._held.values()))
+        return PretendTensor(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -163,14 +176,18 @@ class _Mode(TorchDispatchMode):
                 if known.shape != value.shape:
                     raise DeviceMistake(f"{func}: changes the shape in place")
                 return known
-            return PretendTensor(value) if on_device else value
+            return self.hold(value) if on_device else value
 
         return tree_map(wrap, result)
 
 
 @contextmanager
 def pretended_device() -> Iterator[_Mode]:
-    """Open the mode; its ``reads`` counts by operator how often values were read from the device."""
+    """Open the mode.
+
+    Its ``reads`` counts by operator how often values were read from the device; ``peak_bytes`` is the most that its
+    tensors held at a time, workspaces inside of an operator not counted.
+    """
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     mode = _Mode()

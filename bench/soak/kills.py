@@ -3,7 +3,8 @@
     python bench/soak/kills.py MODEL --kills 100 --out report.json [further arguments of cospadi compress]
 
 A kill comes at a random moment between 0 and the duration of an undisturbed run, so that opening, calibration, fits and
-writing are all hit. With ``--workers`` among the further arguments a worker is killed every other time.
+writing are all hit; the report counts where. With ``--workers`` among the further arguments a worker is killed every
+other time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,19 @@ def children(process: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+def stage(out: Path, n_modules: int) -> str:
+    """What a run that writes to `out` was at when it was killed, from the files it left."""
+    if out.exists():
+        return "done"
+    work = out.with_name(out.name + ".work")
+    if not work.exists():
+        return "opening"
+    n_done = len(list((work / "modules").glob("[!.]*.json")))
+    if n_done >= n_modules:
+        return "writing"
+    return "fits" if n_done else "calibration and first fit"
+
+
 def main() -> int:
     """Run, compare, write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,6 +53,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     args, rest = parser.parse_known_args()
     draw = random.Random(args.seed)
+    killed_at: dict[str, int] = {}
     report: dict[str, object] = {"kills": 0, "rounds": 0, "equal": 0}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -53,6 +68,8 @@ def main() -> int:
         subprocess.run(command(root / "reference"), check=True, capture_output=True)
         duration = time.perf_counter() - start
         expected = (root / "reference" / MANIFEST).read_bytes()
+        log = (root / "reference.log.jsonl").read_text().splitlines()
+        n_modules = sum(json.loads(line)["event"] == "module" for line in log)
         n_kills = n_rounds = n_equal = 0
         while n_kills < args.kills:
             out = root / f"round-{n_rounds}"
@@ -73,12 +90,16 @@ def main() -> int:
                         process.send_signal(signal.SIGKILL)
                         process.wait()
                     n_kills += 1
+                    where = stage(out, n_modules)
+                    killed_at[where] = killed_at.get(where, 0) + 1
             n_equal += (out / MANIFEST).read_bytes() == expected
             print(f"{n_kills} kills, {n_equal} of {n_rounds} manifests equal", flush=True)
             report = {
                 "kills": n_kills,
                 "rounds": n_rounds,
                 "equal": n_equal,
+                "modules": n_modules,
+                "killed_at": killed_at,
                 "seconds_undisturbed": round(duration, 1),
                 "seconds": round(time.perf_counter() - start, 1),
             }

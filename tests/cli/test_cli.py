@@ -239,6 +239,19 @@ def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
     assert json.loads((tmp_path / "p.json").read_text())["ratio"]["stored"] >= 0.4
 
 
+def test_a_plan_for_a_gpu_needs_none(cli, tiny_model_dir, tmp_path):
+    source, words = tiny_model_dir("llama"), ["--ratio", 0.3, "--device", "cuda"]
+    code, said, errors = cli("plan", source, *words, "--json", tmp_path / "p.json")
+    assert code == 0, errors
+    assert "GPU memory, computed and not measured on a card: " in said
+    assert "one block at a time" in said and "time on a GPU: not estimated" in said
+    assert json.loads((tmp_path / "p.json").read_text())["resources"]["device"]["model_bytes"] > 0
+    code, said, _ = cli("plan", source, *words, "--set", "sequential=true")
+    assert code == 0 and "not known with sequential True" in said
+    code, said, _ = cli("plan", source, *words, "--calibration", "none")
+    assert code == 0 and "fits alone" in said and "pinned" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

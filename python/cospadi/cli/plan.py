@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -48,6 +50,9 @@ def plan_command(
         None, help="Memory of all processes of the run; the plan says how it would be kept."
     ),
     workers: int | None = typer.Option(None, help="Processes that fit."),
+    device: str = typer.Option(
+        "cpu", help="cpu or cuda, which need not be there: its memory is computed from shapes."
+    ),
     json_out: Path | None = typer.Option(
         None, "--json", help="Write the plan as JSON; - for stdout."
     ),
@@ -55,6 +60,7 @@ def plan_command(
     """Show what compress would do to MODEL: sizes and bytes, what stays dense and why; memory, disk, time.
 
     Reads no weights. Memory and disk are bounds, interpreter included; time is estimated from this machine's speed now.
+    A GPU's memory is computed and was not measured on a card; its time is not estimated.
 
     Takes the options of compress that say what is to be done. With allocation by loss, or dictionary auto, sizes are
     those of even shares and augmented dictionaries: what linears get is decided by their fits.
@@ -72,7 +78,9 @@ def plan_command(
     targets, skipped = discover(shapes, targets=built.targets or None, ignore=built.ignore or None)
     built = with_ratio_for_size(shapes, targets, skipped, built)
     plan = make_plan(targets, skipped, built)
-    found = resources(model, shapes, targets, plan, built, max_memory=max_memory, workers=workers)
+    found = resources(
+        model, shapes, targets, plan, built, max_memory=max_memory, workers=workers, device=device
+    )
     write_json(json_out, plan.to_mapping() | {"resources": found})
     if str(json_out) == "-":
         return
@@ -97,8 +105,26 @@ def plan_command(
             f"{'* ' if way['is_chosen'] else '  '}memory {megabytes(way['peak_bytes'])} {way['how']}; disk "
             f"{megabytes(way['work_disk_bytes'])} while it runs, {megabytes(way['output_bytes'])} in the end"
         )
+    if found["device"] is not None:
+        _show_device(found["device"])
+        return
     seconds = found["seconds"]
     typer.echo(
         f"time, about: calibration {duration(seconds['calibration'])}, fits {duration(seconds['fits'])} with "
         f"{found['threads']} threads" + (f" in each of {workers} workers" if workers else "")
     )
+
+
+def _show_device(gpu: Mapping[str, Any]) -> None:
+    """Memory of a GPU."""
+    note = "GPU memory, computed and not measured on a card"
+    if "not_computed" in gpu:
+        typer.echo(f"{note}: not known with {gpu['not_computed']}; the whole model lies there")
+        return
+    ways = [f"{megabytes(gpu['resident']['peak_bytes'])} with the whole model there"]
+    if gpu["by_block"] is not None:
+        ways.append(f"{megabytes(gpu['by_block']['peak_bytes'])} one block at a time")
+    if not gpu["model_bytes"]:
+        ways = [f"{megabytes(gpu['by_block']['peak_bytes'])}, fits alone"]
+    typer.echo(f"{note}: {'; '.join(ways)}")
+    typer.echo("time on a GPU: not estimated")

@@ -115,8 +115,8 @@ def bound_heap() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
-def must_load(recipe: Recipe, targets: Sequence[TargetLinear]) -> str | None:
-    """The setting because of which the model has to be in memory as a whole; None where it may be streamed."""
+def whole_model_setting(recipe: Recipe) -> str | None:
+    """The setting whose passes need all of the model at once, with gradients or in sequence; None without one."""
     for name, off in (
         ("reconstruction", "none"),
         ("output_metric", "none"),
@@ -125,6 +125,14 @@ def must_load(recipe: Recipe, targets: Sequence[TargetLinear]) -> str | None:
     ):
         if getattr(recipe, name) != off:
             return f"{name} {getattr(recipe, name)}"
+    return None
+
+
+def must_load(recipe: Recipe, targets: Sequence[TargetLinear]) -> str | None:
+    """The setting because of which the model has to be in memory as a whole; None where it may be streamed."""
+    setting = whole_model_setting(recipe)
+    if setting is not None:
+        return setting
     if recipe.group_size > 1:
         return f"group_size {recipe.group_size}"
     outside = next((t.name for t in targets if t.block is None), None)
@@ -232,12 +240,12 @@ def estimate(
     tensor = max(sizes.values())
     block_values = max(sum(p.numel() for p in block.parameters()) for block in blocks.values())
     tokens = min(layout.batch_size, recipe.samples) * recipe.sequence_length
-    width = max(t.d_in for t in targets)
-    embedding = getattr(model.get_input_embeddings(), "embedding_dim", width)  # type: ignore[operator]
-    hidden = 4 * recipe.samples * recipe.sequence_length * embedding
-    widest = max(max(t.d_in, t.d_out) for t in targets)
-    activations = 4 * tokens * (6 * embedding + 4 * widest) if recipe.uses_calibration else 0
-    grams, waiting = _gram_bytes(targets, recipe, layout)
+    embedding = _embedding(model, targets)
+    hidden = hidden_bytes(model, targets, recipe)
+    activations = activation_bytes(model, targets, recipe, layout.batch_size)
+    grams, waiting = gram_bytes(
+        targets, recipe, max_bytes=layout.max_gram_bytes, by_block=layout.is_streamed
+    )
     fit = max(
         fit_bytes(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()
     )
@@ -284,19 +292,42 @@ def estimate(
     )
 
 
-def _gram_bytes(targets: Sequence[TargetLinear], recipe: Recipe, layout: Layout) -> tuple[int, int]:
+def _embedding(model: nn.Module, targets: Sequence[TargetLinear]) -> int:
+    width = max(t.d_in for t in targets)
+    return int(getattr(model.get_input_embeddings(), "embedding_dim", width))  # type: ignore[operator]
+
+
+def hidden_bytes(model: nn.Module, targets: Sequence[TargetLinear], recipe: Recipe) -> int:
+    """Hidden states of all calibration tokens at one depth."""
+    return 4 * recipe.samples * recipe.sequence_length * _embedding(model, targets)
+
+
+def activation_bytes(
+    model: nn.Module, targets: Sequence[TargetLinear], recipe: Recipe, batch_size: int
+) -> int:
+    """What one batch takes in a decoder block, attention scores not counted."""
+    if not recipe.uses_calibration:
+        return 0
+    tokens = min(batch_size, recipe.samples) * recipe.sequence_length
+    widest = max(max(t.d_in, t.d_out) for t in targets)
+    return 4 * tokens * (6 * _embedding(model, targets) + 4 * widest)
+
+
+def gram_bytes(
+    targets: Sequence[TargetLinear], recipe: Recipe, *, max_bytes: int | None, by_block: bool
+) -> tuple[int, int]:
     """Grams of a pass with the rows that are gathered for them; and those that wait while the largest is used."""
     if not recipe.uses_calibration:
         return 0, 0
     inputs: dict[tuple[int | None, str], int] = {(t.block, t.input_group): t.d_in for t in targets}
-    by_block: dict[int | None, list[int]] = defaultdict(list)
+    widths_of: dict[int | None, list[int]] = defaultdict(list)
     for (block, _), d_in in inputs.items():
-        by_block[block if layout.is_streamed else None].append(d_in)
+        widths_of[block if by_block else None].append(d_in)
     most = waiting = 0
-    for widths in by_block.values():
+    for widths in widths_of.values():
         total = sum(8 * d * d for d in widths)
-        if layout.max_gram_bytes is not None:
-            total = min(total, max(layout.max_gram_bytes, 8 * max(widths) ** 2))
+        if max_bytes is not None:
+            total = min(total, max(max_bytes, 8 * max(widths) ** 2))
         share = total / sum(8 * d * d for d in widths)
         rows = sum(4 * d * min(2 * d, _MOST_BUFFERED_ROWS) for d in widths)
         most = max(most, total + int(share * rows) + 4 * 192 * max(widths))

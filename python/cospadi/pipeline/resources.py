@@ -12,6 +12,7 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamingUnsupported, check_streamable
+from cospadi.pipeline.device_memory import estimate_device
 from cospadi.pipeline.memory import (
     Layout,
     choose_layout,
@@ -34,6 +35,7 @@ def resources(
     *,
     max_memory: str | int | None = None,
     workers: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Every way of running a compression with what it takes, as plain data.
 
@@ -45,20 +47,23 @@ def resources(
         Its structure without data.
     targets, plan, recipe
         What is to be done.
-    max_memory, workers
-        As for `cospadi.pipeline.compress.compress`.
+    max_memory, workers, device
+        As for `cospadi.pipeline.compress.compress`; a device need not be there.
 
     Returns
     -------
     dict
         ``ways`` (each with ``how``, ``peak_bytes``, ``stages``, ``work_disk_bytes``, ``output_bytes`` and whether it is
-        the one that would be taken), ``seconds`` by stage, ``threads``.
+        the one that would be taken), ``seconds`` by stage (None on a GPU), ``threads``, ``device`` (None on the CPU;
+        else what `cospadi.pipeline.device_memory` computes, or ``{"not_computed": setting}``).
 
     Raises
     ------
     InputError
-        `max_memory` does not suffice.
+        `max_memory` does not suffice, or does not go with the device.
     """
+    if device != "cpu":
+        return _on_device(device, shapes, targets, plan, recipe, max_memory, workers)
     can_stream = True
     if Path(model).exists():  # a plan downloads nothing
         try:
@@ -89,7 +94,39 @@ def resources(
                 "output_bytes": needs.output_bytes,
             }
         )
-    return {"ways": ways, "seconds": seconds, "threads": torch.get_num_threads()}
+    return {"ways": ways, "seconds": seconds, "threads": torch.get_num_threads(), "device": None}
+
+
+def _on_device(
+    device: str,
+    shapes: nn.Module,
+    targets: Sequence[TargetLinear],
+    plan: Plan,
+    recipe: Recipe,
+    max_memory: str | int | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """`resources` with fits on a GPU: the model is loaded as a whole, and there are no workers."""
+    if device != "cuda":
+        raise InputError(f"device: expected cpu or cuda, got {device!r}")
+    if max_memory is not None or workers is not None:
+        raise InputError(
+            "max_memory, workers: streamed models and workers are on the CPU; give device cuda without them"
+        )
+    found = estimate_device(shapes, targets, plan, recipe)
+    (layout, *_) = possible_layouts(targets, recipe, spill=False, is_streamable=False)
+    needs = estimate(shapes, targets, plan, recipe, layout)
+    pinned = 0 if isinstance(found, str) else found.hidden_bytes
+    way = {
+        "how": _described(layout, recipe) + (", hidden states pinned" if pinned else ""),
+        "is_chosen": True,
+        "peak_bytes": needs.peak_bytes + pinned,
+        "stages": {name: size + pinned for name, size in needs.stages.items()},
+        "work_disk_bytes": needs.work_disk_bytes,
+        "output_bytes": needs.output_bytes,
+    }
+    gpu = {"not_computed": found} if isinstance(found, str) else found.to_mapping()
+    return {"ways": [way], "seconds": None, "threads": torch.get_num_threads(), "device": gpu}
 
 
 def _described(layout: Layout, recipe: Recipe) -> str:
