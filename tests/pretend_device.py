@@ -2,8 +2,9 @@
 
 `pretended_device` opens a mode in which ``torch.device("pretend")`` works. A tensor there wraps a CPU tensor, and every
 operator runs on what is wrapped. As on a GPU it is an error to mix such tensors with CPU tensors (of one dimension or
-more), every value that Python reads from the device is counted, and so are the bytes of its tensors. torch's build for the CPU has no device guard for
-``cuda``, so the device is torch's place for back ends from outside; the code under test asks for CPU or not.
+more); every value that Python reads from the device is counted, and so are the bytes of its tensors. torch's build for
+the CPU has no device guard for ``cuda``, so the device is torch's place for back ends from outside; the code under test
+asks for CPU or not.
 """
 
 from __future__ import annotations
