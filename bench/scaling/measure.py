@@ -24,7 +24,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
-
 from cospadi.calibration.capture import GramAccumulator
 from cospadi.learn import augmented
 from cospadi.learn.fit import FitInput, FitSettings, fit
@@ -35,7 +34,16 @@ from cospadi.pipeline.recipe import Recipe
 
 TOKENS = ((1024, 512), (4096, 512), (16384, 512), (4096, 1024), (4096, 2048))
 WIDTHS = (256, 512, 1024, 1536, 2048)
-SHAPES = ((256, 256), (256, 1024), (1024, 256), (384, 384), (512, 512), (768, 768), (512, 1536), (1024, 1024))
+SHAPES = (
+    (256, 256),
+    (256, 1024),
+    (1024, 256),
+    (384, 384),
+    (512, 512),
+    (768, 768),
+    (512, 1536),
+    (1024, 1024),
+)
 RATIOS = (0.2, 0.4)
 """The second for one shape: fewer atoms at equal sizes."""
 
@@ -90,7 +98,9 @@ def fit_seconds(recipe: Recipe, d_in: int, d_out: int) -> tuple[float, int, int]
     )  # fmt: skip
     settings = FitSettings(recipe.method, size, types, recipe.learn_options())
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(d_out, 24, generator=generator) @ torch.randn(24, d_in, generator=generator)
+    weight = torch.randn(d_out, 24, generator=generator) @ torch.randn(
+        24, d_in, generator=generator
+    )
     weight += 2.0 * torch.randn(d_out, d_in, generator=generator)
     gram = random_gram(d_in)
     item = FitInput("x", weight, None, gram, whiten_gram(gram, "x"))
@@ -123,7 +133,9 @@ def augmented_line(d_in: int, d_out: int, ratio: float) -> Line:
 def learned_line(d_in: int, d_out: int, ratio: float) -> Line:
     """One alternation of a learned dictionary, as the difference of fits with three and with one."""
     pair = [
-        fit_seconds(Recipe(ratio=ratio, dictionary="learned", iterations=n, tolerance=0.0), d_in, d_out)
+        fit_seconds(
+            Recipe(ratio=ratio, dictionary="learned", iterations=n, tolerance=0.0), d_in, d_out
+        )
         for n in (1, 3)
     ]
     n_atoms = pair[0][1]
@@ -163,12 +175,25 @@ def main() -> int:
     torch.manual_seed(0)
     tokens, widths, shapes = TOKENS, WIDTHS, SHAPES
     if args.quick:
-        tokens, widths, shapes = ((256, 64), (512, 64), (512, 96)), (64, 96, 128), ((48, 48), (48, 96), (96, 48))
-    stages: dict[str, list[Line]] = {"gram": [], "whitening": [], "augmented": [], "learned alternation": []}
+        tokens, widths, shapes = (
+            ((256, 64), (512, 64), (512, 96)),
+            (64, 96, 128),
+            ((48, 48), (48, 96), (96, 48)),
+        )
+    stages: dict[str, list[Line]] = {
+        "gram": [],
+        "whitening": [],
+        "augmented": [],
+        "learned alternation": [],
+    }
 
     def take(stage: str, line: Line) -> None:
         stages[stage].append(line)
-        print(stage, {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+        print(
+            stage,
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()},
+            flush=True,
+        )
 
     for n, d in tokens:
         take("gram", gram_line(n, d))
