@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import costs
 import numpy as np
 import torch
 
@@ -29,6 +28,7 @@ from cospadi.learn import augmented
 from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.methods import factor_size
 from cospadi.learn.whitening import whiten_gram
+from cospadi.pipeline import costs
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
 

@@ -193,12 +193,14 @@ class Simulation:
     def _look(self, now: float, worker: _Worker) -> None:
         """Claim what is free, the most expensive first."""
         first = self._free[0][:2] if self._free else None
-        held = sorted((-t.cost, t.name) for t, _ in self._claimed.values())
+        held = []
+        if self._setting.failures_per_hour:
+            held = sorted((-t.cost, t.name) for t, _ in self._claimed.values())
         for key in held:
             if first is not None and key > first:
                 break
             task, holder = self._claimed[key[1]]
-            if self._setting.failures_per_hour and self._is_stale(now, worker, holder):
+            if self._is_stale(now, worker, holder):
                 if self._attempts[task.name] >= self._setting.most_attempts:
                     continue  # the coordinator will say so
                 self._begin(now, worker, task)
@@ -209,6 +211,8 @@ class Simulation:
         if worker.name not in self._idle:
             self._idle[worker.name] = worker
             worker.since = now
+        if not self._setting.failures_per_hour:
+            return
         for _, holder in self._claimed.values():
             if holder.died is not None and holder.name in worker.seen:
                 self._at(worker.seen[holder.name][1] + self._setting.lease_s + POLL_S, "wake")
@@ -272,8 +276,14 @@ class Simulation:
 
     def _wake(self, now: float) -> None:
         for worker in list(self._idle.values()):
-            if worker.name in self._idle:
-                self._look(now, worker)
+            if not self._free and not self._has_lost():
+                return  # nothing to be found
+            self._look(now, worker)
+
+    def _has_lost(self) -> bool:
+        return bool(self._setting.failures_per_hour) and any(
+            holder.died is not None for _, holder in self._claimed.values()
+        )
 
 
 def simulate(blocks: Sequence[Block], setting: Setting) -> Outcome:

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import costs
 from queue_model import Block, Setting, Task, simulate
 
 from cospadi.learn.methods import factor_size
+from cospadi.pipeline import costs
 from cospadi.pipeline.executor import MOST_QUEUED_BYTES
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
 
-STEPS = 32
-"""Of the rise: the penalty reaches one after 29, and supports rest some steps later."""
 GPU_PEAK = 67e12
 GPU_SHARE = 0.25
 GPU_OVERHEAD_S = 1.0
@@ -107,7 +105,7 @@ def blocks_of(
     """The run of a model: calibration of a block by the coordinator, then the fits of its matrices."""
     kinds, forward, gram = [], 0.0, 0.0
     for d_in, d_out, count in model.linears:
-        flops = costs.augmented_flops(d_in, d_out, n_atoms(d_in, d_out, ratio), STEPS)
+        flops = costs.augmented_flops(d_in, d_out, n_atoms(d_in, d_out, ratio), costs.RISE_STEPS)
         seconds = worker.seconds("augmented", flops) + worker.seconds(
             "whitening", costs.whitening_flops(d_in)
         )
@@ -154,7 +152,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("costs", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=128 * 2048)
+    parser.add_argument("--tokens", type=int, default=64 * 1024)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
@@ -188,13 +186,15 @@ def main() -> int:
     print(table(
         ["model", "matrices", "fits, one core", "longest fit", "calibration, one core", "fits, one GPU (assumed)",
          "calibration, one GPU (assumed)"], rows,
-    ), end="\n\n")  # fmt: skip
+    ), end="\n\n", flush=True)  # fmt: skip
     counts = (16, 64, 256)
     rows = [
         [name, *(duration(run(name, core, n_workers=n)["seconds"]) for n in counts)]
         for name in args.models
     ]
-    print(table(["cores (measured rate), as built", *map(str, counts)], rows), end="\n\n")
+    print(
+        table(["cores (measured rate), as built", *map(str, counts)], rows), end="\n\n", flush=True
+    )
     counts = (1, 4, 16, 64)
     for label, bound in (("16 GiB queued, as built", MOST_QUEUED_BYTES), ("no bound", 1 << 60)):
         rows = [
@@ -207,7 +207,7 @@ def main() -> int:
             ]
             for name in args.models
         ]
-        print(table([f"GPUs (assumed), {label}", *map(str, counts)], rows), end="\n\n")
+        print(table([f"GPUs (assumed), {label}", *map(str, counts)], rows), end="\n\n", flush=True)
     rows = []
     cases = [(name, gpu, 16) for name in args.models] + [
         (args.models[min(1, len(args.models) - 1)], core, 256)

@@ -15,10 +15,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench/scaling"))
 
-import costs
 import simulate as scaling
 from queue_model import Block, Setting, Task, simulate
 
+from cospadi.pipeline import costs
 from cospadi.pipeline.queue import LEASE_S, Queue
 from cospadi.pipeline.worker import POLL_S
 
@@ -151,6 +151,29 @@ def test_counts_of_operations_follow_the_plan():
     assert 68e9 < weights < 69e9  # embeddings and head make it 70
     weights = sum(a * b * n for a, b, n in scaling.MODELS["Llama-3-405B"].linears) * 126
     assert 400e9 < weights < 402e9
+
+
+def test_the_plan_s_seconds_follow_method_and_size():
+    """Ratios that were measured: a fit of the default at 512 x 512 takes 1.0 s, wanda 0.03 s, an alternation 0.05 s."""
+    from cospadi.pipeline.plan import ModulePlan
+    from cospadi.pipeline.recipe import Recipe
+
+    product = 84e9
+
+    def seconds(recipe, d_in=512, d_out=512, **given):
+        module = ModulePlan("x", "linear", d_in, d_out, False, leader="x", support="mask", **given)
+        return costs.fit_flops(module, recipe) / product
+
+    default = {"n_atoms": 80, "sparsity": 160, "n_identity": 512}
+    learned = {"n_atoms": 256, "sparsity": 128}
+    assert 0.7 < seconds(Recipe(), **default) < 1.5
+    assert 0.015 < seconds(Recipe(method="wanda"), **default) < 0.06
+    turns = [seconds(Recipe(dictionary="learned", iterations=n), **learned) for n in (1, 11)]
+    assert 0.3 < turns[1] - turns[0] < 0.8 and 0.15 < turns[0] < 0.4
+    exact = seconds(Recipe(dictionary="learned", solver="omp", iterations=11), **learned)
+    assert exact > turns[1]
+    larger = seconds(Recipe(), 1024, 1024, n_atoms=160, sparsity=320, n_identity=1024)
+    assert 4.0 < larger < 9.0  # measured: 6.4
 
 
 def test_measuring_and_simulating_run(tmp_path):

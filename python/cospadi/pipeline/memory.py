@@ -21,6 +21,7 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.factor import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
+from cospadi.pipeline.costs import fit_flops, gram_flops
 from cospadi.pipeline.plan import Plan
 from cospadi.pipeline.recipe import Recipe
 
@@ -30,9 +31,6 @@ _CHUNK_BYTES = 16 << 20
 _LIBRARY_BYTES = 16 << 20
 """What libraries take when they are first used."""
 _MOST_BUFFERED_ROWS = 4096
-# A fit's floating-point operations per unit of `ModulePlan.cost`: seconds of six shapes at one thread, times the speed
-# of a product of matrices at the time.
-_FLOPS_PER_COST = 550.0
 _MMAP_THRESHOLD = 1 << 20
 _M_MMAP_THRESHOLD = -3
 
@@ -343,8 +341,8 @@ def estimate_seconds(
     tokens = recipe.samples * recipe.sequence_length
     blocks = sum(p.numel() for _, block in decoder_blocks(model) for p in block.parameters())
     inputs = {(t.block, t.input_group): t.d_in for t in targets}
-    flops = 2.0 * tokens * blocks + sum(1.0 * tokens * d * d for d in inputs.values())
-    fits = sum(module.cost for module in plan.modules) * _FLOPS_PER_COST
+    flops = 2.0 * tokens * blocks + sum(gram_flops(tokens, d) for d in inputs.values())
+    fits = sum(fit_flops(module, recipe) for module in plan.modules)
     return {
         "calibration": flops / speed if recipe.uses_calibration else 0.0,
         "fits": fits / speed,
