@@ -200,6 +200,7 @@ def edit(queue, change):
         (lambda r: r["members"][0].update(bias="t0"), "bias: expected"),
         (lambda r: r["members"][0].update(gram="t0"), "gram: expected"),
         (lambda r: r["members"][0].update(output="t1", output_scale=1.0), "output: expected"),
+        (lambda r: r["members"][0].update(n_tokens=True), "n_tokens: got True"),
         (lambda r: r["settings"].update(method="__import__"), "method"),
         (lambda r: r["settings"].update(extra=1), "expected"),
         (lambda r: r["settings"].update(objective={"a": 1}), "objective"),

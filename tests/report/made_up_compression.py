@@ -30,6 +30,8 @@ def module(layer, projection, d_in, d_out, rng):
         "weight_error": (1 - kept) * rng.uniform(0.5, 0.7),
         "seconds": d_in * d_out / 3e5 * rng.uniform(0.8, 1.2),
         "whitening": list(SHIFTED) if projection == "mlp.down_proj" and layer < 2 else ["cholesky"],
+        "n_tokens": 65_536,
+        "n_dead_inputs": 3 if projection == "mlp.down_proj" and layer < 2 else 0,
         "history": [
             {"iteration": i, "n_unused": 2 if layer == 5 and i == 3 else 0} for i in (1, 2, 3)
         ],

@@ -93,6 +93,8 @@ def test_everything_is_there():
         "torch 2.13.0",
         "0.0695 nats per token, with the same share for all 0.1602",
         f"2 linears: {SHIFTED[0]}, then {SHIFTED[1]} model.layers.0.mlp.down_proj",
+        "42.7 to 113.8 calibration tokens per input dimension; fewest: model.layers.0.mlp.down_proj",
+        "Input channels that stay at zero : in 2 linears model.layers.0.mlp.down_proj (3)",
         "208 linears: cholesky (nothing to repair)",
         "14 learned atoms of 7 linears were used by no output at the end",
         "the GGUF file was dequantised from Q4_1",
@@ -134,7 +136,7 @@ def test_linears_are_shown_with_their_numbers():
     assert row[0].endswith("dictionary of model.layers.0.mlp.up_proj")
     assert row[1:] == [
         *("576 × 1536", "576", "200", "300", "int8", "float16", "8.00", "0.88", "50.0"),
-        *("0.1235", "0.5000", "1.50e−04", "2.00e−03", "3.2"),
+        *("0.1235", "0.5000", "113.8", "1.50e−04", "2.00e−03", "3.2"),
     ]
 
 
@@ -228,6 +230,7 @@ def test_bad_evaluations_are_named(data, message):
         ({"modules": {"a": {"stored_bytes": 10**300}}}, "stored_bytes: expected an integer from 0"),
         ({"modules": {"a": {"whitening": [3]}}}, r"whitening\[0\]: expected text"),
         ({"modules": [1]}, "modules: expected an object"),
+        ({"modules": {"a": {"n_tokens": 0.5}}}, "n_tokens: expected an integer from 0"),
         ({"seconds": 10**400}, "seconds: expected a finite number"),
         ({"dense": [{}]}, r"dense\[0\]: key 'module' is missing"),
         ({"reconstruction": 3}, "reconstruction: expected a list"),

@@ -112,6 +112,9 @@ class PlainListener:
     def _on_coarse(self, event: Event) -> None:
         self._step(event, f"coarse fits: {event['done']} of {event['total']} linears")
 
+    def _on_coverage(self, event: Event) -> None:
+        self._say(f"calibration: {event['text']}")
+
     def _on_reconstruction(self, event: Event) -> None:
         self._step(event, f"block-wise reconstruction: {event['done']} of {event['total']} steps")
 

@@ -32,7 +32,12 @@ from cospadi.learn.output_metric import OutputMetric
 from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.rounding import RoundedFactor, round_factors, rounding_error
-from cospadi.learn.whitening import Whitening, relative_error, weight_error
+from cospadi.learn.whitening import (
+    Whitening,
+    count_dead_inputs,
+    relative_error,
+    weight_error,
+)
 
 SPECTRUM_POINTS = 64
 """Points of the curves that reports keep of a spectrum."""
@@ -61,6 +66,8 @@ class FitInput:
     with_spectrum : bool
         Keep the spectrum in the report. It costs a singular value decomposition of the weight, as much as a good part
         of a fit, so it is for the few weights that somebody will look at.
+    n_tokens : int or None
+        Calibration tokens behind `gram`, for the report; None: no text.
     """
 
     name: str
@@ -71,6 +78,7 @@ class FitInput:
     target: torch.Tensor | None = None
     output: OutputMetric | None = None
     with_spectrum: bool = False
+    n_tokens: int | None = None
 
     def member(self) -> Member:
         """What the fit approximates, in its metric."""
@@ -134,6 +142,9 @@ class FitReport:
         ``singular_values`` of the whitened weight, and ``support_use``, the share of outputs that use each atom, both
         in descending order at up to `SPECTRUM_POINTS` points; only where the input asked for it and a dictionary was
         learned.
+    n_tokens, n_dead_inputs : int or None
+        Calibration tokens that reached the weight, and inputs that they left at zero
+        (`cospadi.learn.whitening.count_dead_inputs`); None without a text.
     """
 
     relative_error: float
@@ -143,6 +154,8 @@ class FitReport:
     history: tuple[IterationStats, ...] = ()
     group_errors: tuple[float, ...] = ()
     spectrum: dict[str, list[float]] | None = None
+    n_tokens: int | None = None
+    n_dead_inputs: int | None = None
 
 
 def fit(
@@ -338,6 +351,8 @@ def _report(
         history=history,
         group_errors=group_errors,
         spectrum=_spectrum(item, factor) if item.with_spectrum and history else None,
+        n_tokens=item.n_tokens,
+        n_dead_inputs=None if item.n_tokens is None else count_dead_inputs(item.gram),
     )
 
 

@@ -27,6 +27,8 @@ RELATIVE_SHIFTS = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 EIGEN_FLOOR = 1e-7
 # A Cholesky factor that exists only by rounding luck amplifies noise; its diagonal tells.
 MIN_PIVOT_RATIO = 1e-7
+# An input whose energy is at most this share of the mean one is dead: in fp64 sums of fp32 products that is noise.
+DEAD_SHARE = 1e-12
 
 
 class WhiteningError(CospadiError):
@@ -81,6 +83,23 @@ def identity_whitening(d: int, device: torch.device | None = None) -> Whitening:
     """Whitening of the data-free mode: L = I."""
     eye = torch.eye(d, dtype=torch.float64, device=device)
     return Whitening(eye, eye, "identity", 1.0, 0.0, ("identity: no calibration",))
+
+
+def count_dead_inputs(gram: torch.Tensor) -> int:
+    """Inputs that the calibration text leaves at zero.
+
+    Parameters
+    ----------
+    gram : torch.Tensor
+        ``[d_in, d_in]`` activation Gram; only its diagonal is read. NaN counts as alive.
+
+    Returns
+    -------
+    int
+        Entries of the diagonal that are at most ``DEAD_SHARE`` of its mean.
+    """
+    energy = gram.diagonal()
+    return int((energy <= DEAD_SHARE * energy.mean()).sum())
 
 
 def whiten_gram(gram: torch.Tensor, name: str) -> Whitening:

@@ -81,12 +81,15 @@ class Statistics:
         ``[d_out, d_in]`` weight to approximate in place of the module's own (sequential calibration).
     output : OutputMetric or None
         Metric of the outputs.
+    n_tokens : int or None
+        Calibration tokens behind `gram`; None: no text.
     """
 
     gram: torch.Tensor | None
     metric: InputMetric
     target: torch.Tensor | None = None
     output: OutputMetric | None = None
+    n_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +170,7 @@ def run_task(
                 None if statistics.target is None else _placed(statistics.target, device),
                 output=output,
                 with_spectrum=member.with_spectrum,
+                n_tokens=statistics.n_tokens,
             )
         )
     joint = _joint_metric(task.name, inputs)

@@ -18,10 +18,12 @@ from cospadi.factor import STORAGE_DTYPES, FactorSpec
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.precision import Products
+from cospadi.learn.whitening import count_dead_inputs
 from cospadi.model.discover import Skipped, TargetLinear
 from cospadi.model.layers import CospadiLinear, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.model.streamed import StreamedSource
+from cospadi.pipeline.coverage import Coverage, coverage_event, coverage_warnings
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Executor, Outcome
 from cospadi.pipeline.fit_task import CPU, FitTask, InputMetric, Statistics, TaskMember
@@ -89,6 +91,7 @@ class Job:
         self._with_spectrum = _middle_block(targets)
         self._resumed: set[str] = set()
         self._waiting: dict[str, Statistics] = {}
+        self._coverage: list[Coverage] = []
 
     @property
     def n_resumed(self) -> int:
@@ -142,18 +145,23 @@ class Job:
                 n_grams=len(items),
                 seconds=round(finished.seconds, 2),
             )
+            for item in items.values():
+                self._note_coverage(item.members, item.gram, item.n_tokens)
+            if finished.index == finished.n_passes - 1:
+                self._report_coverage()
             while items:
                 # let go of each Gram as soon as its modules are done
                 item = items.pop(next(iter(items)))
                 metric = InputMetric(item.members[0], item.gram if uses_text else None)
                 for name in item.members:
-                    self._take(name, self._statistics(name, item.gram, metric))
+                    self._take(name, self._statistics(name, item.gram, metric, item.n_tokens))
 
     def _statistics(
         self,
         name: str,
         gram: torch.Tensor,
         metric: InputMetric,
+        n_tokens: int,
         target: torch.Tensor | None = None,
     ) -> Statistics:
         """Statistics with what the gradients of the module's output say."""
@@ -162,7 +170,19 @@ class Job:
             weighted, output = fisher_grams(self.fisher, self.targets[name], metric.gram)
             if weighted is not None:
                 metric = InputMetric(name, metric.gram, weighted)
-        return Statistics(gram, metric, target, output)
+        return Statistics(gram, metric, target, output, n_tokens)
+
+    def _note_coverage(self, members: Sequence[str], gram: torch.Tensor, n_tokens: int) -> None:
+        """Remember how well an input was seen."""
+        n_dead = count_dead_inputs(gram)
+        self._coverage.append(Coverage(tuple(members), gram.shape[0], n_tokens, n_dead))
+
+    def _report_coverage(self) -> None:
+        """Say how well all inputs were seen, and warn of what the text lacks."""
+        if self._coverage:
+            self.log.emit("coverage", **coverage_event(self._coverage))
+        for text in coverage_warnings(self._coverage):
+            self.log.emit("warning", text=text)
 
     def _run_sequential(self, grams: GramSource) -> None:
         """Fit in the order of execution; what is finished runs in the compressed stream."""
@@ -193,6 +213,7 @@ class Job:
                 if name in self.factors:
                     model.set_submodule(name, self._layer(name))
         replace_modules(model, originals)
+        self._report_coverage()
 
     def _sequential_statistics(self, item: SequentialInput) -> dict[str, Statistics]:
         weights = {name: self._weight(name)[0] for name in item.members}
@@ -208,11 +229,13 @@ class Job:
                 held_back_errors={str(key): value for key, value in choice.errors.items()},
             )
         metric = InputMetric(item.members[0], moments.gram)
+        self._note_coverage(item.members, moments.original_gram, moments.n_tokens)
         return {
             name: self._statistics(
                 name,
                 moments.original_gram,
                 metric,
+                moments.n_tokens,
                 # one held-back window at least was asked for where nothing was given
                 sequential_target(
                     weight, moments.gram, moments.cross, 1.0 if shrinkage is None else shrinkage

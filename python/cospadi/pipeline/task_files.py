@@ -80,6 +80,7 @@ def task_data(task: FitTask, fingerprint: str) -> tuple[dict[str, Any], bytes]:
                 "output": None if s.output is None else key(s.output.matrix),
                 "output_scale": None if s.output is None else s.output.scale,
                 "with_spectrum": member.with_spectrum,
+                "n_tokens": s.n_tokens,
             }
         )
     settings = dataclasses.asdict(task.settings)
@@ -161,7 +162,10 @@ def read_task(record_file: Path, tensor_file: Path) -> FitTask:
             if not isinstance(scale, float) or not scale > 0.0:
                 raise CheckpointError(f"{record_file}: output_scale: got {brief(scale)}")
             output = OutputMetric(parts["output"], scale)
-        statistics = Statistics(parts["gram"], metric, parts["target"], output)
+        n_tokens = item.get("n_tokens")
+        if n_tokens is not None and (type(n_tokens) is not int or n_tokens < 1):
+            raise CheckpointError(f"{record_file}: n_tokens: got {brief(n_tokens)}")
+        statistics = Statistics(parts["gram"], metric, parts["target"], output, n_tokens)
         members.append(
             TaskMember(
                 item["name"], weight, parts["bias"], statistics, bool(item.get("with_spectrum"))

@@ -15,6 +15,10 @@ from cospadi.report import plain
 PLAIN_WHITENING = (("cholesky",), ("identity: no calibration",))
 """Whitening that needed no step beyond the first."""
 
+LEAST_TOKENS = 4.0
+"""Calibration tokens per input dimension below which runs and pages warn. With so many of them the eigenvalues of a
+Gram of independent inputs lie within 1/4 and 9/4 of the true ones (Marchenko and Pastur); below 1 some are zero."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -34,6 +38,8 @@ class Linear:
         Atoms that no output used after the last alternation.
     loss, even_loss : float or None
         Predicted cost in nats per token, with its share of the budget and with an even one.
+    n_tokens, n_dead_inputs : int or None
+        Calibration tokens that reached it, and inputs that they left at zero.
     """
 
     name: str
@@ -54,6 +60,13 @@ class Linear:
     n_unused: int | None
     loss: float | None
     even_loss: float | None
+    n_tokens: int | None
+    n_dead_inputs: int | None
+
+    @property
+    def tokens_per_input(self) -> float | None:
+        """Calibration tokens per input dimension."""
+        return self.n_tokens / self.d_in if self.n_tokens is not None and self.d_in else None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -226,6 +239,8 @@ def _linear(
         n_unused=plain.count(last, "n_unused", f"{where}.history[-1]"),
         loss=loss,
         even_loss=even_loss,
+        n_tokens=plain.count(module, "n_tokens", where),
+        n_dead_inputs=plain.count(module, "n_dead_inputs", where),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from cospadi.report.compression import (
+    LEAST_TOKENS,
     PLAIN_WHITENING,
     Compression,
     Linear,
@@ -55,6 +56,7 @@ def compression_page(data: Mapping[str, Any], scores: Sequence[Score] = ()) -> s
         _errors(found),
         _shares(found),
         _linears(found),
+        _coverage(found),
         _numerics(found),
         _dense(found),
         _blocks(found),
@@ -196,6 +198,33 @@ def _linears(data: Compression) -> ET.Element | None:
         linear_table(data.linears),
         style="across",
     )
+
+
+def _coverage(data: Compression) -> ET.Element | None:
+    rates = {item.name: item.tokens_per_input for item in data.linears}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    if not known:
+        return None
+    least = min(known, key=lambda name: known[name])
+    events = element("ul", class_="events")
+    text = f"{known[least]:.1f} to {max(known.values()):.1f} calibration tokens per input dimension; fewest"
+    events.append(element("li", f"{text}: {least}"))
+    few = [name for name, rate in known.items() if rate < LEAST_TOKENS]
+    if few:
+        strong = element("strong", f"Fewer than {LEAST_TOKENS:g} tokens per input dimension")
+        events.append(element("li", strong, f": {plural(len(few), 'linear')}", _names(few)))
+    dead = {item.name: item.n_dead_inputs for item in data.linears if item.n_dead_inputs}
+    if dead:
+        strong = element("strong", "Input channels that stay at zero")
+        names = _names([f"{name} ({n})" for name, n in dead.items()])
+        events.append(element("li", strong, f": in {plural(len(dead), 'linear')}", names))
+    else:
+        events.append(element("li", "No input channel stays at zero."))
+    note = (
+        "How well the calibration text shows the inputs of each linear. With few tokens per input dimension the fit "
+        "follows the text rather than the model; weights of a channel that stays at zero count for nothing in it."
+    )
+    return section("Coverage of the calibration", element("p", note, class_="note"), events)
 
 
 def _numerics(data: Compression) -> ET.Element:

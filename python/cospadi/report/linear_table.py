@@ -129,6 +129,7 @@ def _columns(linears: Sequence[Linear]) -> list[Column]:
             _of("relative_error"),
         ),
         Column("error of the weight", lambda i: _decimal(i.weight_error, 4)),
+        Column("tokens per input", lambda i: _decimal(i.tokens_per_input, 1)),
         Column("predicted loss", lambda i: _scientific(i.loss), "loss", _of("loss")),
         Column("with an even share", lambda i: _scientific(i.even_loss)),
         Column(
