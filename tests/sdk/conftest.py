@@ -19,11 +19,12 @@ __all__ = ["copied", "copied_varied", "stored", "varied"]
 
 @dataclass(frozen=True)
 class Sdk:
-    """Where an installation has its C++ files."""
+    """Where an installation has its C++ files; the prefix is that of ``cmake --install``, None for a wheel."""
 
     cmake_dir: Path
     include_dir: Path
     library: Path
+    prefix: Path | None = None
 
 
 def library_in(folder: Path) -> Path:
@@ -61,7 +62,7 @@ def prefix_sdk(prefix: Path) -> Sdk:
         capture_output=True,
     )
     (config,) = prefix.rglob("cospadiConfig.cmake")
-    return Sdk(config.parent, prefix / "include", library_in(config.parents[2]))
+    return Sdk(config.parent, prefix / "include", library_in(config.parents[2]), prefix)
 
 
 @pytest.fixture(scope="session", params=["wheel", "prefix"])
