@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cospadi.cli import app
+from cospadi.cli.common import megabytes
 
 FAST = ["--samples", "8", "--sequence-length", "64", "--iterations", "1"]
 
@@ -354,6 +355,7 @@ def test_help_is_fast_and_imports_no_torch():
 import sys
 sys.argv = ["cospadi", "--help"]
 from cospadi.cli import app
+from cospadi.cli.common import megabytes
 try:
     app.main()
 except SystemExit:
@@ -606,3 +608,11 @@ def test_atoms_are_shown_with_the_inputs_among_them(cli, tiny_model_dir, tmp_pat
     assert "cospadi (augmented dictionaries)" in said
     assert "k=64+8 " in said
     assert "k=64+8 " in cli("inspect", out)[1]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 MB"), (148_404_480, "148.4 MB"), (1_945_997_312, "1946 MB"), (5.058e10, "50580 MB")],
+)
+def test_sizes_are_never_in_powers_of_ten(n_bytes, text):
+    assert megabytes(n_bytes) == text

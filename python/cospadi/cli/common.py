@@ -125,5 +125,6 @@ def describe_ratio(ratio: Mapping[str, float]) -> str:
 
 
 def megabytes(n_bytes: float) -> str:
-    """Bytes as MB (10^6) with three significant digits."""
-    return f"{n_bytes / 1e6:.4g} MB"
+    """Bytes as MB (10^6): four significant digits, and whole numbers from 1000 on."""
+    value = n_bytes / 1e6
+    return f"{value:.0f} MB" if value >= 1000 else f"{value:.4g} MB"
