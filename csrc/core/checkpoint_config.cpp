@@ -176,36 +176,6 @@ void check_atoms(const LayerInfo& info, const Entry& entry) {
   }
 }
 
-LayerInfo parse_entry(const std::string& name, const Json& json, const std::string& where) {
-  const Entry entry(json, where + "." + name);
-  LayerInfo info;
-  info.d_in = entry.integer("d_in", 1);
-  info.d_out = entry.integer("d_out", 1);
-  info.n_atoms = entry.integer("n_atoms", 0);
-  info.n_identity = entry.integer("n_identity", 0);
-  info.sparsity = entry.integer("sparsity", 1);
-  info.coeffs_group = entry.integer("coeffs_group", 0);
-  info.has_mask = entry.choice("support", kSupports, true);
-  info.has_bias = entry.flag("bias");
-  info.is_conv1d = entry.choice("layer_type", kLayerTypes, false);
-  info.dictionary_type =
-      entry.choice("dictionary_dtype", kDictionaryTypes, DictionaryType::kBFloat16);
-  info.coeffs_type = entry.choice("coeffs_dtype", kCoeffsTypes, CoeffsType::kBFloat16);
-  const std::string* const dictionary = entry.text("dictionary");
-  if (dictionary != nullptr && *dictionary != name) {
-    if (!is_module_name(*dictionary)) {
-      fail(entry.field("dictionary") + ": '" + brief_text(*dictionary) + "' is no module name");
-    }
-    info.leader = *dictionary;
-  }
-  check_atoms(info, entry);
-  if (info.coeffs_group != 0 && !coeffs_form(info.coeffs_type).has_scale()) {
-    fail(entry.field("coeffs_group") + ": these coefficients have no scale, expected 0, got " +
-         std::to_string(info.coeffs_group));
-  }
-  return info;
-}
-
 /// The first format version that can express a module.
 int64_t version_of(const LayerInfo& info) {
   const bool is_first = info.leader.empty() && info.n_identity == 0 &&
@@ -323,6 +293,36 @@ const LayerInfo* CompressedModules::find(const std::string& name) const {
   return found == index.end() ? nullptr : &infos[found->second];
 }
 
+LayerInfo parse_module(const std::string& name, const Json& json, const std::string& where) {
+  const Entry entry(json, where + "." + name);
+  LayerInfo info;
+  info.d_in = entry.integer("d_in", 1);
+  info.d_out = entry.integer("d_out", 1);
+  info.n_atoms = entry.integer("n_atoms", 0);
+  info.n_identity = entry.integer("n_identity", 0);
+  info.sparsity = entry.integer("sparsity", 1);
+  info.coeffs_group = entry.integer("coeffs_group", 0);
+  info.has_mask = entry.choice("support", kSupports, true);
+  info.has_bias = entry.flag("bias");
+  info.is_conv1d = entry.choice("layer_type", kLayerTypes, false);
+  info.dictionary_type =
+      entry.choice("dictionary_dtype", kDictionaryTypes, DictionaryType::kBFloat16);
+  info.coeffs_type = entry.choice("coeffs_dtype", kCoeffsTypes, CoeffsType::kBFloat16);
+  const std::string* const dictionary = entry.text("dictionary");
+  if (dictionary != nullptr && *dictionary != name) {
+    if (!is_module_name(*dictionary)) {
+      fail(entry.field("dictionary") + ": '" + brief_text(*dictionary) + "' is no module name");
+    }
+    info.leader = *dictionary;
+  }
+  check_atoms(info, entry);
+  if (info.coeffs_group != 0 && !coeffs_form(info.coeffs_type).has_scale()) {
+    fail(entry.field("coeffs_group") + ": these coefficients have no scale, expected 0, got " +
+         std::to_string(info.coeffs_group));
+  }
+  return info;
+}
+
 CompressedModules parse_quantization_config(const Json& section, const std::string& file) {
   const std::string where = file + ": quantization_config";
   if (section.as<JsonObject>() == nullptr) {
@@ -356,7 +356,7 @@ CompressedModules parse_quantization_config(const Json& section, const std::stri
     }
     modules.index.emplace(name, modules.names.size());
     modules.names.push_back(name);
-    modules.infos.push_back(parse_entry(name, entry, inside));
+    modules.infos.push_back(parse_module(name, entry, inside));
   }
   check_nesting(modules, inside);
   check_sharing(modules, inside);

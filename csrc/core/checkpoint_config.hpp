@@ -34,6 +34,10 @@ struct CompressedModules {
   [[nodiscard]] const LayerInfo* find(const std::string& name) const;
 };
 
+/// Checks `entry`, what `modules` says of the module `name`. Throws Error(kCheckpoint) or
+/// Error(kNewerFormat) naming the first field that is wrong; `where` is put before the name.
+LayerInfo parse_module(const std::string& name, const Json& entry, const std::string& where);
+
 /// Checks `section`, the value of quantization_config. Throws Error(kCheckpoint) or
 /// Error(kNewerFormat) naming the first field that is wrong; `where` is the file.
 CompressedModules parse_quantization_config(const Json& section, const std::string& where);

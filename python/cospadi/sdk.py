@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cospadi.errors import InputError
 
-__all__ = ["cmake_dir", "include_dir"]
+__all__ = ["cmake_dir", "include_dir", "onnx_library"]
 
 
 def cmake_dir() -> Path:
@@ -24,6 +24,12 @@ def cmake_dir() -> Path:
 def include_dir() -> Path:
     """Return the folder that C++ and C programs include ``cospadi/...`` from; errors as `cmake_dir`."""
     return _folder("include", "cospadi/c_api.h")
+
+
+def onnx_library() -> Path:
+    """Return the operator library for ONNX Runtime's ``register_custom_ops_library``; errors as `cmake_dir`."""
+    name = "libcospadi_onnx.so"
+    return _folder("lib", name) / name
 
 
 def _folder(name: str, file: str) -> Path:

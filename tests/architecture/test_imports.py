@@ -150,12 +150,13 @@ MAY_INCLUDE = {
     "cpu": ("cospadi/", "cpu/"),
     "cuda": ("cospadi/", "cuda/"),
     "bindings": ("cospadi/", "core/", "bindings/"),
+    "onnx": ("cospadi/", "core/", "onnx/"),
 }
 
 
 @pytest.mark.parametrize("folder", MAY_INCLUDE)
 def test_include_direction(folder):
-    ours = ("cospadi/", "core/", "cpu/", "cuda/", "bindings/")
+    ours = ("cospadi/", "core/", "cpu/", "cuda/", "bindings/", "onnx/")
     assert sources(folder), folder
     for path in sources(folder):
         for header in includes(path):
@@ -163,7 +164,7 @@ def test_include_direction(folder):
                 assert header.startswith(MAY_INCLUDE[folder]), f"{path} must not include {header}"
 
 
-@pytest.mark.parametrize("folder", ["include", "core", "cpu", "cuda"])
+@pytest.mark.parametrize("folder", ["include", "core", "cpu", "cuda", "onnx"])
 def test_no_python_or_torch_below_the_bindings(folder):
     forbidden = re.compile(r"^(torch|ATen|c10|pybind11|nanobind)/|^Python\.h$")
     for path in sources(folder):
@@ -171,7 +172,7 @@ def test_no_python_or_torch_below_the_bindings(folder):
             assert not forbidden.search(header), f"{path} must not include {header}"
 
 
-@pytest.mark.parametrize("folder", ["include", "core", "bindings"])
+@pytest.mark.parametrize("folder", ["include", "core", "bindings", "onnx"])
 def test_intrinsics_only_in_cpu(folder):
     for path in sources(folder):
         text = path.read_text(encoding="utf-8")
