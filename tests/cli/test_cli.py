@@ -122,6 +122,13 @@ def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
     assert code == 4 and "model.safetensors" in stderr
 
 
+@pytest.mark.parametrize("forms", [[], ["--dense", "--onnx"]])
+def test_an_export_has_one_form(compressed, cli, tmp_path, forms):
+    code, _, stderr = cli("export", *forms, compressed[0], "--out", tmp_path / "exported")
+    assert code == 2 and "name one form to write, --dense or --onnx" in stderr
+    assert not (tmp_path / "exported").exists()
+
+
 def test_report_is_written_again_with_measurements(copied, cli, tiny_text, tmp_path):
     file = tmp_path / "e.json"
     evaluate = ("eval", copied, "--text", tiny_text, "--context", 64, "--windows", 2)
