@@ -9,6 +9,8 @@ function(cospadi_add_onnx)
     csrc/cuda/unavailable.cpp) # before the archive, which else brings the CUDA kernels in
   target_include_directories(cospadi_onnx PRIVATE csrc csrc/include)
   target_link_libraries(cospadi_onnx PRIVATE cospadi_archive OpenMP::OpenMP_CXX)
+  # of the archive's CUDA objects none is taken
+  set_target_properties(cospadi_onnx PROPERTIES LINKER_LANGUAGE CXX)
   cospadi_warnings(cospadi_onnx)
   cospadi_limit_symbols(cospadi_onnx "${PROJECT_SOURCE_DIR}/csrc/cmake/onnx.map")
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
