@@ -134,7 +134,8 @@ TensorFiles open_tensor_files(const fs::path& folder) {
   shards.reserve(places.size());
   for (const auto& place : places) shards.push_back(place.second);
   std::ranges::sort(shards);
-  shards.erase(std::ranges::unique(shards).begin(), shards.end());
+  // not std::ranges::unique: clang 14 cannot compile what gcc 12's library returns from it
+  shards.erase(std::unique(shards.begin(), shards.end()), shards.end());
   for (const std::string& shard : shards) add_file(folder, shard, result);
   for (const auto& [name, tensor] : result.tensors) {
     const auto place = places.find(name);

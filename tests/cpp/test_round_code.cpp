@@ -171,7 +171,7 @@ TEST(RoundCode, FollowsTheFormula) {
         std::iota(order.begin(), order.end(), int64_t{0});
         const int32_t* atoms = p.indices.data() + i * s;
         if (kind == RoundOrder::kEnergy) {
-          std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+          std::sort(order.begin(), order.end(), [&, k = k](int64_t a, int64_t b) {
             const float energy_a = p.gram()[atoms[a] * (k + 1)];
             const float energy_b = p.gram()[atoms[b] * (k + 1)];
             return energy_a != energy_b ? energy_a < energy_b : a > b;
