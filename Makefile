@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 WHEEL := ls dist/cospadi-*.whl
 SOURCES := $(shell find csrc python -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name '*.cmake' -o -name '*.in' -o -name '*.map' \)) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test serve-test transformers-test lint tidy format dev cpp-test bench clean
+.PHONY: demo test serve-test transformers-test lint tidy format dev cpp-test sanitize fuzz bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo/run.py _demo
@@ -84,6 +84,29 @@ cpp-test:
 	  cmake --build build/cpp-test >/dev/null && ctest --test-dir build/cpp-test --output-on-failure; \
 	else echo "C++ tests skipped: GoogleTest is not installed (libgtest-dev)"; fi
 
+# Debian's packages of clang have versions in their programs' names.
+CLANG := $(shell command -v clang++ || ls -v /usr/bin/clang++-[0-9]* 2>/dev/null | tail -1)
+
+# Slow: the C++ tests with address and undefined-behaviour sanitizers, and those that use threads with the thread sanitizer. The latter needs clang and
+# libomp with its tool libarcher, which tells the sanitizer where threads meet (Debian: clang, libclang-rt-dev, libomp-dev).
+sanitize:
+	cmake --preset asan -G Ninja >/dev/null && cmake --build --preset asan && ctest --preset asan
+	@if [ -n "$(CLANG)" ] && [ -e "$$($(CLANG) -print-file-name=libarcher.so)" ]; then \
+	  cmake --preset tsan -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) >/dev/null && cmake --build --preset tsan && \
+	  OMP_TOOL_LIBRARIES="$$($(CLANG) -print-file-name=libarcher.so)" ctest --preset tsan; \
+	else echo "thread sanitizer skipped: clang with libomp's libarcher is not installed"; fi
+
+# Each target of tests/fuzz in turn, for SECONDS seconds. What is found stays in build/fuzz/found, inputs that broke something in build/fuzz.
+SECONDS := 60
+
+fuzz:
+	@test -n "$(CLANG)" || { echo "fuzzing needs clang (libFuzzer)"; exit 1; }
+	cmake --preset fuzz -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) >/dev/null && cmake --build --preset fuzz
+	cd build/fuzz && for name in fuzz_header fuzz_config fuzz_checkpoint; do \
+	  mkdir -p found/$$name && tests/fuzz/$$name -max_total_time=$(SECONDS) -max_len=65536 -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 \
+	    -dict=$(CURDIR)/tests/fuzz/words.dict found/$$name $(CURDIR)/tests/fuzz/corpus/$$name || exit 1; \
+	done
+
 # Lint and format read sources only: the tools must be there, the wheel need not be up to date.
 TOOLS := $(if $(wildcard $(BIN)/ruff),,$(VENV)/.dev)
 
@@ -91,7 +114,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check python tests bench
 	$(BIN)/ruff format --check python tests bench
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/fuzz -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 # Slow. clang brings no omp.h of its own: it reads the compiler's.
 tidy: $(TOOLS)
@@ -104,7 +127,7 @@ tidy: $(TOOLS)
 format: $(TOOLS)
 	$(BIN)/ruff check --fix python tests bench
 	$(BIN)/ruff format python tests bench
-	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $$(find csrc tests/cpp tests/fuzz -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf build dist _demo _serve $(VENV) $(SERVE)
