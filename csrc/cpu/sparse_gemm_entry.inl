@@ -14,19 +14,17 @@ inline void multiply_few(const SparseColumns& s,
                          const void* prepared,
                          float* out,
                          int64_t out_stride) noexcept {
-  with_format(z.dtype, s.type, [&](auto stored) {
-    with_density(s, stored, [&](auto format) {
-      using Format = decltype(format);
-      with_support(s, [&](auto all_atoms) {
-        multiply_few_rows<Format, all_atoms.value>(
-            s,
-            first,
-            n_columns,
-            z.rows,
-            static_cast<const typename Format::Element*>(prepared),
-            out,
-            out_stride);
-      });
+  with_format(z.dtype, s.type, [&](auto format) {
+    using Format = decltype(format);
+    with_support(s, [&](auto all_atoms) {
+      multiply_few_rows<Format, all_atoms.value>(
+          s,
+          first,
+          n_columns,
+          z.rows,
+          static_cast<const typename Format::Element*>(prepared),
+          out,
+          out_stride);
     });
   });
 }

@@ -33,19 +33,6 @@ inline __m512i expand_words(uint32_t bits, const void* p) {
   return words;
 }
 
-/// As expand_words, for words of mostly no more than half of their bits: a load of a whole vector
-/// nearly always crosses a cache line, one of half a vector half as often (3.0 instead of 3.4
-/// cycles per word measured). `p` must be readable as there.
-inline __m512i expand_few_words(uint32_t bits, const void* p) {
-  if (__builtin_popcount(bits) > 16) return expand_words(bits, p);
-  const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  __m512i words = _mm512_setzero_si512();
-  asm("vpexpandw %1, %0%{%2%}"
-      : "+v"(words)
-      : "v"(_mm512_castsi256_si512(half)), "Yk"(static_cast<__mmask32>(bits)));
-  return words;
-}
-
 inline Vec<float> expand_floats(uint32_t bits, const float* p) {
   if (__builtin_constant_p(bits) && bits == 0xffffU) return load(p);
   __m512 floats = _mm512_setzero_ps();

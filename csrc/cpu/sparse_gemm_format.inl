@@ -44,7 +44,6 @@ struct PairFormat {
   struct Expanded {
     __m512i words;
     Expanded(uint32_t bits, const BFloat16* p) : words(expand_words(bits, p)) {}
-    explicit Expanded(__m512i words_) : words(words_) {}
     Vec<float> part(int) const { return reinterpret_cast<Vec<float>>(words); }
   };
 
@@ -58,13 +57,6 @@ struct PairFormat {
                          reinterpret_cast<__m512bh>(_mm512_loadu_si512(z)),
                          reinterpret_cast<__m512bh>(part)));
   }
-};
-
-/// PairFormat where few words have more than half of their bits.
-struct SparsePairFormat : PairFormat {
-  struct Expanded : PairFormat::Expanded {
-    Expanded(uint32_t bits, const BFloat16* p) : PairFormat::Expanded(expand_few_words(bits, p)) {}
-  };
 };
 
 template <>
@@ -107,20 +99,6 @@ inline auto with_format([[maybe_unused]] DType z_dtype, CoeffType type, const Bo
 template <class Body>
 inline auto with_support(const SparseColumns& s, const Body& body) {
   return s.mask == nullptr ? body(std::true_type{}) : body(std::false_type{});
-}
-
-/// Calls `body` with the format that suits how densely the words of S are set; the product is the
-/// same with every one of them.
-template <class Format, class Body>
-inline void with_density([[maybe_unused]] const SparseColumns& s, Format format, const Body& body) {
-#if defined(COSPADI_TARGET_AVX512)
-  if constexpr (std::is_same_v<Format, PairFormat>) {
-    // Columns lie no closer than their coefficients: a bound on s. At 0.3 one random word in 190
-    // has more than 16 bits, and a missed branch each time still costs less than is saved.
-    if (s.mask != nullptr && 10 * s.coeffs_stride <= 3 * s.n_atoms) return body(SparsePairFormat{});
-  }
-#endif
-  body(format);
 }
 
 /// Mask row of a column; null where all atoms are used.
