@@ -6,6 +6,10 @@ are initialisers in the form that the checkpoint has them in (FORMAT.md sections
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -173,7 +177,7 @@ def _trace(model: nn.Module, name: str) -> Any:  # noqa: ANN401
     example = torch.zeros(2, 5, dtype=torch.int64)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.onnx.export(
                 _Logits(model).eval(),
                 (example,),
@@ -189,6 +193,20 @@ def _trace(model: nn.Module, name: str) -> Any:  # noqa: ANN401
             f"{name}: torch cannot export {type(model).__name__} to ONNX ({first}); "
             "the dense export (--dense) works for every architecture"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch's exporter says of packages that it could use and of its own deprecated calls."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _narrow_weights(model: Any) -> None:  # noqa: ANN401
