@@ -215,7 +215,9 @@ class Simulation:
             return
         for _, holder in self._claimed.values():
             if holder.died is not None and holder.name in worker.seen:
-                self._at(worker.seen[holder.name][1] + self._setting.lease_s + POLL_S, "wake")
+                lost = worker.seen[holder.name][1] + self._setting.lease_s + POLL_S
+                if lost > now:  # else it was lost too often
+                    self._at(lost, "wake")
 
     def _is_stale(self, now: float, worker: _Worker, holder: _Worker) -> bool:
         if holder.died is not None and self._setting.is_local:

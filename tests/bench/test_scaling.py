@@ -92,6 +92,13 @@ def test_three_lost_attempts_leave_a_matrix_dense():
     assert found.useful_s == pytest.approx(seconds * (n - len(found.dense)))
 
 
+def test_idle_observers_of_a_matrix_lost_three_times_wait_for_the_verdict():
+    for seed in range(40):
+        found = simulate([Block(tasks([3600.0]))], Setting(6, 6.0, 30.0, seed=seed))
+        assert len(found.claims) <= 3
+        assert found.useful_s == (0.0 if found.dense else 3600.0)
+
+
 def test_a_takeover_waits_for_a_lease_on_the_observer_s_clock():
     """Two workers, two tasks: the second dies early, the first is idle from 30 s on and takes over after a lease."""
     for seed in range(200):
