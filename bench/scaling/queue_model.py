@@ -119,6 +119,7 @@ class Simulation:
         self._draw = random.Random(setting.seed)
         self._outcome = Outcome()
         self._events: list[tuple[float, int, str, object]] = []
+        self._wakes: set[float] = set()
         self._order = itertools.count()
         self._names = itertools.count()
         self._free: list[tuple[float, str, Task]] = []
@@ -152,11 +153,17 @@ class Simulation:
             elif kind == "start":
                 self._start_worker(now)
             else:
+                self._wakes.discard(now)
                 self._wake(now)
             self._outcome.seconds = now
         return self._outcome
 
     def _at(self, time: float, kind: str, what: object = None) -> None:
+        if kind == "wake":
+            # every idle worker asks for one
+            if time in self._wakes:
+                return
+            self._wakes.add(time)
         heapq.heappush(self._events, (time, next(self._order), kind, what))
 
     def _publish(self, now: float) -> None:

@@ -209,11 +209,11 @@ def main() -> int:
         ]
         print(table([f"GPUs (assumed), {label}", *map(str, counts)], rows), end="\n\n", flush=True)
     rows = []
-    cases = [(name, gpu, 16) for name in args.models] + [
-        (args.models[min(1, len(args.models) - 1)], core, 256)
-    ]
-    for name, machine, n in cases:
-        for rate in (0.0, 0.01, 0.1, 1.0):
+    large = [name for name in args.models if name in ("Llama-3-70B", "Llama-3-405B")]
+    cases = [(name, gpu, 16, (0.0, 0.1, 1.0)) for name in large]
+    cases += [(name, core, 256, (0.0, 0.01)) for name in large[:1]]
+    for name, machine, n, rates in cases:
+        for rate in rates:
             found = run(name, machine, n_workers=n, most_bytes=1 << 60, failures_per_hour=rate)
             rows.append([
                 name, f"{n} x {machine.name}", str(rate), duration(found["seconds"]), f"{found['n_failures']:.0f}",
