@@ -130,8 +130,6 @@ def _perplexity_panel(
     dense = result.dense_perplexity.get(text)
     if dense is not None and dense > 0:
         group.append(svg.line(left, y(dense), width - right, y(dense), "dense"))
-        label = f"dense {quantity(dense)}"
-        group.append(svg.text(left + 5, y(dense) - 5, label, style="halo"))
     ends = {}
     for name, members in lines.items():
         index = result.names.index(name)
@@ -139,6 +137,9 @@ def _perplexity_panel(
         group.extend(_mark(result, p, index, x, y) for p in members)
         last = members[-1]
         ends[name] = (x(last.share), y(min(last.mean, domain[1])))
+    if dense is not None and dense > 0:  # above the curves, which begin near it
+        label = f"dense {quantity(dense)}"
+        group.append(svg.text(left + 5, y(dense) - 5, label, style="halo"))
     targets = svg.separate([end[1] for end in ends.values()], gap, top, top + height)
     for (name, (end_x, end_y)), target in zip(ends.items(), targets, strict=True):
         index, value = result.names.index(name), lines[name][-1].mean
