@@ -21,15 +21,31 @@ settings.register_profile("random", derandomize=False)
 settings.load_profile("random" if os.environ.get("COSPADI_TEST_RANDOM") == "1" else "repeatable")
 
 
+@pytest.fixture(scope="session")
+def session_threads() -> int:
+    """Threads before any test or fixture of a module changed them."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def count_threads_first(session_threads) -> None:
+    """See to it that the count is taken at the very beginning."""
+
+
 @pytest.fixture(autouse=True)
-def same_threads():
+def same_threads(session_threads):
     """Give every test the thread count of the session: results depend on it, and commands and workers set it."""
     import torch
 
-    threads = torch.get_num_threads()
+    def reset():
+        if torch.get_num_threads() != session_threads:
+            torch.set_num_threads(session_threads)
+
+    reset()  # fixtures of modules set it, too
     yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    reset()
 
 
 @pytest.fixture(scope="session")

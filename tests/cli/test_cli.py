@@ -531,7 +531,7 @@ def interruptible() -> None:
 def test_ctrl_c_says_that_the_same_command_resumes(tiny_model_dir, tiny_text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
-    command += ["--calibration", tiny_text, "--samples", 8, "--sequence-length", 64]
+    command += ["--calibration", tiny_text, "--samples", 16, "--sequence-length", 64]
     command = list(map(str, [*command, "--iterations", 3]))
     process = subprocess.Popen(
         command,

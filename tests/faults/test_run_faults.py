@@ -21,7 +21,7 @@ from cospadi.errors import CospadiError
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.verify import verify_checkpoint
 
-SETTINGS = {"ratio": 0.3, "samples": 8, "sequence_length": 64}
+SETTINGS = {"ratio": 0.3, "samples": 16, "sequence_length": 64}
 SLOW = {"dictionary": "learned", "iterations": 25, "tolerance": 0.0}
 
 

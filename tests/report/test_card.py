@@ -26,7 +26,7 @@ def test_the_trap_is_the_first_line_and_the_facts_are_there():
         f"`{data['source']['fingerprint']}`",
         "| removed, bytes as stored | 38.0 % of the linears, 30.4 % of the model |",
         "[report.html](report.html)",
-        "--recipe recipe.yaml",
+        "cospadi compress MODEL --out NEW --recipe recipe.yaml --threads 2 ",
         "| compressed linears | 210 |",
         "torch 2.13.0",
     ):

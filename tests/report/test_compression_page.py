@@ -101,7 +101,7 @@ def test_everything_is_there():
         "1 tensor : not in a block lm_head",
         "Taken where it helped: 2 of 3 blocks",
         "On 2 threads. Interrupted and resumed: 3 linears",
-        "cospadi compress MODEL --out NEW --recipe recipe.yaml",
+        "cospadi compress MODEL --out NEW --recipe recipe.yaml --threads 2",
     ):
         assert fact in reader.text, fact
     assert ["division of the budget", "1\u20091\u2009100"[2:], "45.8\u2009%"] in reader.rows

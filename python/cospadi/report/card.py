@@ -59,6 +59,8 @@ def model_card(data: Mapping[str, Any], *, has_tokenizer: bool = True) -> str:
         front.append(f"base_model: {json.dumps(found.name)}")
     version = _plain(found.versions.get("cospadi", MISSING))
     rows = "\n".join(f"| {term} | {value} |" for term, value in _rows(found))
+    again = found.command
+    check = "cospadi verify . --source MODEL".ljust(len(again))
     return f"""---
 {chr(10).join(front)}
 ---
@@ -82,12 +84,12 @@ The share removed is given in the ways in which publications count it, always ag
 ## Reproduce
 
 ```sh
-cospadi compress MODEL --out NEW --recipe recipe.yaml   # MODEL: the source above
-cospadi verify . --source MODEL                         # recomputes the stated errors; --calibration TEXT if it moved
+{again}   # MODEL: the source above
+{check}   # recomputes the stated errors; --calibration TEXT if it moved
 ```
 
 `recipe.yaml` holds every setting, `cospadi_report.json` the error of every layer, the versions and the hash of the
-calibration tokens.
+calibration tokens. The number of threads decides the order of sums, and with it the last bits.
 """
 
 

@@ -156,6 +156,12 @@ class Compression:
         """Method of the recipe."""
         return str(self.recipe.get("method") or "unknown")
 
+    @property
+    def command(self) -> str:
+        """What gives the same checkpoint again, beside its recipe; results depend on the threads."""
+        threads = "" if self.threads is None else f" --threads {self.threads}"
+        return f"cospadi compress MODEL --out NEW --recipe recipe.yaml{threads}"
+
 
 def read_compression(data: Mapping[str, Any]) -> Compression:
     """Check the data of a compression.

@@ -331,9 +331,9 @@ def _time(data: Compression) -> ET.Element | None:
 def _recipe(data: Compression) -> ET.Element:
     settings = facts(*((key, code(_setting(value))) for key, value in data.recipe.items()))
     all_of_them = element("details", element("summary", "every setting"), settings)
-    command = "cospadi compress MODEL --out NEW --recipe recipe.yaml"
     text = "With the same model, calibration text and versions, the recipe beside this page gives the same result:"
-    return section("Recipe", element("p", text), code(command, "command"), all_of_them)
+    again = code(data.command, "command")
+    return section("Recipe", element("p", text), again, all_of_them)
 
 
 def _setting(value: object) -> str:
