@@ -269,9 +269,8 @@ def _products_in_turn(
 ) -> Callable[[], torch.Tensor]:
     copies = [weight]
     copies += [weight.clone() for _ in range(_n_copies(weight.nbytes, megabytes) - 1)]
-    if (
-        product is _own_dense
-    ):  # our kernels differ in the format alone; torch's memory is what its users have
+    # our kernels shall differ in the format alone; torch's memory is what its users have
+    if product is _own_dense:
         holder = nn.ParameterList(nn.Parameter(one, requires_grad=False) for one in copies)
         use_huge_pages([holder])
         copies = list(holder)

@@ -427,8 +427,8 @@ def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -
         num_threads = torch.get_num_threads()
     if num_threads < 1:
         raise InputError(f"threads: expected at least 1, got {num_threads}")
-    # Also where nothing was asked: a count that was set is kept by the library of the products, which may lower its own
-    # choice, so that a run in a process whose count was ever set would differ from the same run in another.
+    # Also where nothing was asked: torch then forbids its product library to take fewer threads than that, so that
+    # every process is in the same state, whether or not its count was ever set.
     torch.set_num_threads(num_threads)
 
 
