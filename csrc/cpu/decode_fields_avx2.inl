@@ -25,6 +25,46 @@ constexpr FieldTables make_field_tables() {
 
 constexpr FieldTables kFieldTables = make_field_tables();
 
+/// bfloat16 of the 16 integers of four bits, by halves.
+struct NibbleTables {
+  alignas(16) uint8_t low[16];
+  alignas(16) uint8_t high[16];
+};
+
+constexpr NibbleTables make_nibble_tables() {
+  NibbleTables tables{};
+  for (uint32_t field = 0; field < 16; ++field) {
+    const int value = static_cast<int>(field) - (field < 8 ? 0 : 16);
+    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+    tables.low[field] = static_cast<uint8_t>(bits >> 16);
+    tables.high[field] = static_cast<uint8_t>(bits >> 24);
+  }
+  return tables;
+}
+
+constexpr NibbleTables kNibbleTables = make_nibble_tables();
+
+/// A block of integers of four bits: too few different ones to compute each.
+struct NibbleDecoder {
+  __m256i low = _mm256_broadcastsi128_si256(
+      _mm_load_si128(reinterpret_cast<const __m128i*>(kNibbleTables.low)));
+  __m256i high = _mm256_broadcastsi128_si256(
+      _mm_load_si128(reinterpret_cast<const __m128i*>(kNibbleTables.high)));
+
+  void operator()(const uint8_t* source, BFloat16* out) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    const __m128i even = _mm_and_si128(bytes, _mm_set1_epi8(15));
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    // fields 0-7 and 16-23 in the first half, so that joining halves of words leaves them in order
+    const __m256i fields = _mm256_permute4x64_epi64(
+        _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)), 0xd8);
+    const __m256i lows = _mm256_shuffle_epi8(low, fields);
+    const __m256i highs = _mm256_shuffle_epi8(high, fields);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(lows, highs));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(lows, highs));
+  }
+};
+
 template <CodeKind kKind>
 struct FieldDecoder {
   int bits;
@@ -70,6 +110,8 @@ template <class Body>
 inline void with_decoder(const CodeFormat& format, const Body& body) {
   if (format.kind == CodeKind::kBFloat) {
     body(FieldDecoder<CodeKind::kBFloat>(format.bits));
+  } else if (format.bits == 4) {
+    body(NibbleDecoder{});
   } else {
     body(FieldDecoder<CodeKind::kInteger>(format.bits));
   }

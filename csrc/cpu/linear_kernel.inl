@@ -10,6 +10,11 @@ constexpr int kInputsTogether = 8;
 /// Atoms whose sums, with all rows of x, stay in the L1 cache.
 constexpr int64_t kLinearBlock = 1024;
 
+/// Vectors of a word whose sums are in registers together, with kRows rows of x: half of the
+/// registers.
+template <int kRows>
+inline constexpr int kPartsTogether = kWidth<float> == 16 || kRows > 2 ? 2 : 4;
+
 /// Bytes of the dictionary fetched ahead, into the L2 cache.
 constexpr int64_t kDictionaryAhead = 16384;
 
@@ -25,42 +30,46 @@ inline void add_inputs(const StoredDictionary& dictionary,
                        float* sums,
                        int64_t sums_stride) {
   constexpr int kParts = static_cast<int>(kMaskWord) / kWidth<float>;
+  constexpr int kTogether = kPartsTogether<kRows>;
   const C* const end = static_cast<const C*>(dictionary.end);
   const int64_t row_bytes = dictionary.stride * static_cast<int64_t>(sizeof(C));
   const int64_t ahead =
       dictionary.stride * (kInputs + kDictionaryAhead / std::max<int64_t>(row_bytes, 1));
   C local[kChecked ? kMaskWord : 1];
   for (int64_t word = 0; word < n_words; ++word) {
-    float* const word_sums = sums + word * kMaskWord;
-    Vec<float> sum[kRows][kParts];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int first = 0; first < kParts; first += kTogether) {
+      float* const part_sums = sums + word * kMaskWord + first * kWidth<float>;
+      Vec<float> sum[kRows][kTogether];
 #pragma GCC unroll 8
-      for (int i = 0; i < kParts; ++i) {
-        sum[r][i] = load(word_sums + r * sums_stride + i * kWidth<float>);
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTogether; ++i) {
+          sum[r][i] = load(part_sums + r * sums_stride + i * kWidth<float>);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int k = 0; k < kInputs; ++k) {
-      const C* p = row + k * dictionary.stride + word * kMaskWord;
-      if constexpr (kChecked) {
-        p = readable(p, end, local);
-      } else {
-        __builtin_prefetch(p + ahead, 0, 2);
+      for (int k = 0; k < kInputs; ++k) {
+        const C* p = row + k * dictionary.stride + word * kMaskWord;
+        if constexpr (kChecked) {
+          p = readable(p, end, local);
+        } else if (first == 0) {
+          __builtin_prefetch(p + ahead, 0, 2);
+        }
+        const ExpandedFloats<C> atoms(~uint32_t{0}, p);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTogether; ++i) {
+          const Vec<float> part = atoms.part(first + i);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) sum[r][i] += splat(x[r * x_stride + k]) * part;
+        }
       }
-      const ExpandedFloats<C> atoms(~uint32_t{0}, p);
 #pragma GCC unroll 8
-      for (int i = 0; i < kParts; ++i) {
-        const Vec<float> part = atoms.part(i);
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][i] += splat(x[r * x_stride + k]) * part;
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kParts; ++i) {
-        store(word_sums + r * sums_stride + i * kWidth<float>, sum[r][i]);
+        for (int i = 0; i < kTogether; ++i) {
+          store(part_sums + r * sums_stride + i * kWidth<float>, sum[r][i]);
+        }
       }
     }
   }
@@ -155,5 +164,7 @@ inline void multiply_dictionary(const StoredDictionary& dictionary,
 }
 
 constexpr LinearKernels make_linear_kernels() {
-  return {.max_rows = 16, .block = kLinearBlock, .multiply_dictionary = multiply_dictionary};
+  return {.max_rows = kFewDictionaryRows,
+          .block = kLinearBlock,
+          .multiply_dictionary = multiply_dictionary};
 }

@@ -8,6 +8,14 @@ constexpr int64_t kFewRows = 32;  // measured: from here on panels are faster
 constexpr int64_t kByteRows =
     2;  // measured: with more, pairs of bfloat16 save more than a scratch costs
 
+/// Rows of x that the dictionary is multiplied by as it is stored, at most: as many as have been
+/// measured.
+constexpr int64_t kFewDictionaryRows = 16;
+
+/// Bytes of z that all columns are multiplied by before the next: no bound, smaller ones have not
+/// been measured.
+constexpr int64_t kDepthBytes = int64_t{1} << 40;
+
 /// Position, within its mask word, of element i of the expanded word. The two halves of a dword
 /// hold neighbouring bfloat16: as floats they are one shift or one mask away, evens first.
 template <class C>

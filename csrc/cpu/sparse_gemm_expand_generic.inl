@@ -7,6 +7,13 @@ inline constexpr int kColumnsInFlight = 1;
 constexpr int64_t kFewRows = 8;          // measured: from here on panels are faster
 constexpr int64_t kByteRows = kFewRows;  // the product is in float either way
 
+/// Rows of x that the dictionary is multiplied by as it is stored, at most; not measured.
+constexpr int64_t kFewDictionaryRows = 16;
+
+/// Bytes of z that all columns are multiplied by before the next: no bound, the expansion is the
+/// work here.
+constexpr int64_t kDepthBytes = int64_t{1} << 40;
+
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>
 constexpr int64_t position_of(int64_t i) {

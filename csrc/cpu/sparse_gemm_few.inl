@@ -1,7 +1,9 @@
 // Column-sparse GEMM for a few rows: every column is read once, as it is stored.
 //
 // Where a word's coefficients start depends on the population of all words before it. Several
-// columns in flight hide that chain, and share the loads of z, which stays in the L1 or L2 cache.
+// columns in flight hide that chain, and share the loads of z. Every column reads all of z: where
+// its rows do not fit the L1 cache, all columns are taken through one depth block of z after
+// another.
 
 /// Bytes of coefficients fetched ahead: more than the memory's latency times its bandwidth, little
 /// enough to stay in the L2 cache. Fetched into L2, because the L1's few miss buffers halve the
@@ -9,24 +11,43 @@
 constexpr int64_t kPrefetchBytes = 16384;
 constexpr int64_t kCacheLine = 64;
 
-/// Elements between prepared rows. The odd cache line keeps rows apart in the cache sets.
+/// Elements of one prepared row. The rows of a register tile lie vector by vector beside each
+/// other, so that one pointer finds them all.
 template <class Format>
-inline int64_t prepared_stride(int64_t n_atoms) {
-  return word_count(n_atoms) * Format::kWordElements + 16;
+inline int64_t prepared_row(int64_t n_atoms) {
+  return word_count(n_atoms) * Format::kWordElements;
 }
 
-/// kColumns columns from `column` on, times kRows rows. `kChecked`: the columns lie near the end of
-/// the tensor. `ahead`: columns between this one and the one to prefetch.
+/// Some mask words of the columns, and how far the columns have come.
+struct DepthBlock {
+  int64_t first_word;
+  int64_t last_word;  ///< exclusive
+  int64_t* offsets;   ///< coefficients of each column consumed so far; null: all words at once
+};
+
+/// Words of z whose kRows rows stay in the L1 cache.
+template <class Format, int kRows>
+inline int64_t depth_words(int64_t n_atoms) {
+  const int64_t n_words = word_count(n_atoms);
+  const int64_t word_bytes = kRows * Format::kWordElements * kElementBytes;
+  const int64_t fitting = std::max<int64_t>(kDepthBytes / word_bytes, 1);
+  const int64_t n_blocks = (n_words + fitting - 1) / fitting;
+  return n_blocks <= 1 ? n_words : (n_words + n_blocks - 1) / n_blocks;  // of equal size
+}
+
+/// A depth block of kColumns columns from `column` on, times kRows rows; sums are added to `out`
+/// from the second block on. `kChecked`: the columns lie near the end of the tensor. `ahead`:
+/// columns between this one and the one to prefetch.
 template <class Format, int kRows, int kColumns, bool kChecked, bool kAllAtoms>
 inline void multiply_columns(const SparseColumns& s,
                              int64_t column,
                              int64_t ahead,
+                             const DepthBlock& block,
                              const typename Format::Element* z,
                              float* out,
                              int64_t out_stride) {
   using C = typename Format::Coeff;
   constexpr int kParts = Format::kWordElements / kWidth<float>;
-  const int64_t z_stride = prepared_stride<Format>(s.n_atoms);
   const int64_t n_full = s.n_atoms / kMaskWord;
   const C* end = static_cast<const C*>(s.coeffs_end);
   const int64_t coeffs_ahead = s.is_decoded ? 0 : ahead * s.coeffs_stride;
@@ -38,25 +59,26 @@ inline void multiply_columns(const SparseColumns& s,
 #pragma GCC unroll 16
   for (int c = 0; c < kColumns; ++c) {
     p[c] = column_coeffs<C>(s, column + c);
+    if (block.offsets != nullptr) p[c] += block.offsets[c];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) sum[c][r] = Vec<float>{};
   }
   const auto step = [&](int c, uint32_t bits, int64_t word) __attribute__((always_inline)) {
     const typename Format::Expanded expanded(bits, kChecked ? readable(p[c], end, local) : p[c]);
-    const typename Format::Element* z_word = z + word * Format::kWordElements;
+    const typename Format::Element* z_word = z + word * kRows * Format::kWordElements;
 #pragma GCC unroll 8
     for (int i = 0; i < kParts; ++i) {
       const Vec<float> part = expanded.part(i);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sum[c][r] =
-            Format::multiply_add(sum[c][r], z_word + r * z_stride + i * kWidth<float>, part);
+        sum[c][r] = Format::multiply_add(sum[c][r], z_word + (i * kRows + r) * kWidth<float>, part);
       }
     }
     if constexpr (!kChecked) __builtin_prefetch(p[c] + coeffs_ahead, 0, 2);
     p[c] += __builtin_popcount(bits);
   };
-  for (int64_t word = 0; word < n_full; ++word) {
+  const int64_t last_full = std::min(n_full, block.last_word);
+  for (int64_t word = block.first_word; word < last_full; ++word) {
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
       const uint8_t* row = mask + c * s.mask_stride;
@@ -66,23 +88,30 @@ inline void multiply_columns(const SparseColumns& s,
       }
     }
   }
-  if (s.n_atoms % kMaskWord != 0) {
+  if (n_full < block.last_word) {
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
       step(c, tail_word<kAllAtoms>(mask + c * s.mask_stride, s.n_atoms), n_full);
     }
   }
+  const bool is_first = block.first_word == 0;
 #pragma GCC unroll 16
   for (int c = 0; c < kColumns; ++c) {
+    if (block.offsets != nullptr) block.offsets[c] = p[c] - column_coeffs<C>(s, column + c);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) out[r * out_stride + c] = sum_lanes(sum[c][r]);
+    for (int r = 0; r < kRows; ++r) {
+      float& result = out[r * out_stride + c];
+      result = is_first ? sum_lanes(sum[c][r]) : result + sum_lanes(sum[c][r]);
+    }
   }
 }
 
+/// One depth block of all columns, or everything at once.
 template <class Format, int kRows, bool kAllAtoms>
 void multiply_rows(const SparseColumns& s,
                    int64_t first,
                    int64_t n_columns,
+                   DepthBlock block,
                    const typename Format::Element* z,
                    float* out,
                    int64_t out_stride) {
@@ -91,16 +120,45 @@ void multiply_rows(const SparseColumns& s,
   const int64_t column_bytes = s.coeffs_stride * static_cast<int64_t>(sizeof(C));
   const int64_t ahead =
       kColumns * (1 + kPrefetchBytes / (kColumns * std::max<int64_t>(column_bytes, kCacheLine)));
+  int64_t* const offsets = block.offsets;
   int64_t j = 0;
   while (j < n_columns) {
+    block.offsets = offsets == nullptr ? nullptr : offsets + j;
     // columns are stored one after another: if the last of the group is inside, all are
     if (j + kColumns <= n_columns && is_inside<C>(s, first + j + kColumns - 1)) {
       multiply_columns<Format, kRows, kColumns, false, kAllAtoms>(
-          s, first + j, ahead, z, out + j, out_stride);
+          s, first + j, ahead, block, z, out + j, out_stride);
       j += kColumns;
     } else {
-      multiply_columns<Format, kRows, 1, true, kAllAtoms>(s, first + j, 0, z, out + j, out_stride);
+      multiply_columns<Format, kRows, 1, true, kAllAtoms>(
+          s, first + j, 0, block, z, out + j, out_stride);
       j += 1;
+    }
+  }
+}
+
+/// kRows rows and all columns, depth block by depth block.
+template <class Format, int kRows, bool kAllAtoms>
+void multiply_row_tile(const SparseColumns& s,
+                       int64_t first,
+                       int64_t n_columns,
+                       const typename Format::Element* z,
+                       float* out,
+                       int64_t out_stride) {
+  const int64_t n_words = word_count(s.n_atoms);
+  const int64_t depth = depth_words<Format, kRows>(s.n_atoms);
+  if (depth == n_words) {
+    return multiply_rows<Format, kRows, kAllAtoms>(
+        s, first, n_columns, {0, n_words, nullptr}, z, out, out_stride);
+  }
+  constexpr int64_t kColumnsTogether = 64;
+  int64_t offsets[kColumnsTogether];
+  for (int64_t j = 0; j < n_columns; j += kColumnsTogether) {
+    const int64_t count = std::min(kColumnsTogether, n_columns - j);
+    std::fill_n(offsets, count, int64_t{0});
+    for (int64_t word = 0; word < n_words; word += depth) {
+      const DepthBlock block{word, std::min(word + depth, n_words), offsets};
+      multiply_rows<Format, kRows, kAllAtoms>(s, first + j, count, block, z, out + j, out_stride);
     }
   }
 }
@@ -117,23 +175,29 @@ constexpr int64_t padded_rows(int64_t rows) {
 static_assert(padded_rows(kFewRows) <= kMaxFewRows);
 
 inline int64_t prepared_size(int64_t rows, int64_t n_atoms) noexcept {
-  return padded_rows(rows) * prepared_stride<FloatFormat<float>>(n_atoms);
+  return padded_rows(rows) * prepared_row<FloatFormat<float>>(n_atoms);
 }
 
 template <class Format>
 void prepare_rows(const StoredRows& z, int64_t n_atoms, typename Format::Element* out) {
-  const int64_t stride = prepared_stride<Format>(n_atoms);
-  for (int64_t r = 0; r < padded_rows(z.rows); ++r, out += stride) {
-    if (r >= z.rows) {
-      std::fill_n(out, stride, typename Format::Element{});
-      continue;
-    }
+  using Element = typename Format::Element;
+  constexpr int64_t kW = kWidth<float>;
+  for (int64_t first = 0; first < z.rows;) {
+    const int64_t tile = row_tile(z.rows - first);
     for (int64_t word = 0; word < word_count(n_atoms); ++word) {
-      Format::load_word(z.dtype,
-                        word_positions(n_atoms, word),
-                        stored_element(z, r, word * kMaskWord),
-                        out + word * Format::kWordElements);
+      for (int64_t r = 0; r < tile; ++r) {
+        Element elements[Format::kWordElements] = {};
+        if (first + r < z.rows) {
+          const void* source = stored_element(z, first + r, word * kMaskWord);
+          Format::load_word(z.dtype, word_positions(n_atoms, word), source, elements);
+        }
+        for (int64_t i = 0; i < Format::kWordElements; i += kW) {
+          std::copy_n(elements + i, kW, out + i * tile + r * kW);
+        }
+      }
+      out += tile * Format::kWordElements;
     }
+    first += tile;
   }
 }
 
@@ -145,24 +209,23 @@ void multiply_few_rows(const SparseColumns& s,
                        const typename Format::Element* z,
                        float* out,
                        int64_t out_stride) {
-  const int64_t stride = prepared_stride<Format>(s.n_atoms);
   for (int64_t r = 0; r < rows;) {
-    const typename Format::Element* z_tile = z + r * stride;
+    const typename Format::Element* z_tile = z + r * prepared_row<Format>(s.n_atoms);
     float* out_tile = out + r * out_stride;
     const int64_t tile = row_tile(rows - r);
     r += tile;
     switch (tile) {
       case 1:
-        multiply_rows<Format, 1, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_row_tile<Format, 1, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       case 2:
-        multiply_rows<Format, 2, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_row_tile<Format, 2, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       case 4:
-        multiply_rows<Format, 4, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_row_tile<Format, 4, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
       default:
-        multiply_rows<Format, 8, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
+        multiply_row_tile<Format, 8, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
         break;
     }
   }

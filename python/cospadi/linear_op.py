@@ -5,6 +5,8 @@ Where gradients are asked for, `linear` composes the differentiable operators of
 
 from __future__ import annotations
 
+import functools
+import platform
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ __all__ = ["linear"]
 
 FEW_ROWS = 8
 """Up to this many rows one native call reads dictionary and coefficients once, as they are stored."""
+
+FEW_HALF_ROWS = 32
+"""The same for 16-bit numbers where torch multiplies them slowly."""
 
 _SCHEMA = (
     "linear(Tensor x, Tensor? dictionary, Tensor? dictionary_scale, bool has_identity, "
@@ -68,7 +73,8 @@ def linear(
 
     Notes
     -----
-    Differentiable as its parts are. Without gradients and for at most `FEW_ROWS` rows on the CPU it is one native call.
+    Differentiable as its parts are. Without gradients and for at most `FEW_ROWS` rows (`FEW_HALF_ROWS`) on the CPU it
+    is one native call.
     """
     arguments = (
         x, dictionary, dictionary_scale, has_identity, mask, coeffs, sparsity, code_format,
@@ -103,19 +109,38 @@ def _composed(
         z = torch.cat((x, products), dim=-1) if has_identity else products
     if code_format is not None:
         return ops.packed_gemm(z, mask, coeffs, sparsity, code_format, coeffs_scale, group, bias)
-    if mask is None:
-        return F.linear(z, coeffs, bias)
-    return ops.sparse_gemm(z, mask, coeffs, bias)
+    if mask is not None:
+        return ops.sparse_gemm(z, mask, coeffs, bias)
+    if _is_slow(z):
+        return F.linear(z.float(), coeffs.float(), None if bias is None else bias.float()).to(
+            z.dtype
+        )
+    return F.linear(z, coeffs, bias)
 
 
 def _dictionary_products(
     x: torch.Tensor, dictionary: torch.Tensor, scale: torch.Tensor | None
 ) -> torch.Tensor:
     if scale is None:
-        return x @ dictionary
+        return (x.float() @ dictionary.float()).to(x.dtype) if _is_slow(x) else x @ dictionary
     return ops.packed_gemm(
         x, None, dictionary.view(torch.uint8), x.shape[-1], "int8", scale.unsqueeze(1)
     )
+
+
+def _is_slow(x: torch.Tensor) -> bool:
+    """Whether torch multiplies numbers of this type faster after making them float32.
+
+    Without AVX-512 its 16-bit products on x86 run at 2 to 10 GFLOP/s per core, those in float32 at 90 (docs/results.md).
+    Sums are in float32 either way, and the result is rounded once.
+    """
+    return x.device.type == "cpu" and x.dtype != torch.float32 and _halves_are_slow()
+
+
+@functools.cache
+def _halves_are_slow() -> bool:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _cpu(
@@ -137,7 +162,8 @@ def _cpu(
             "cast the model with model.to(dtype)"
         )
     width = x.shape[-1] if x.dim() else 0
-    run = native.linear if x.numel() <= FEW_ROWS * width else _composed
+    few = FEW_HALF_ROWS if _is_slow(x) else FEW_ROWS
+    run = native.linear if x.numel() <= few * width else _composed
     return run(
         x, dictionary, dictionary_scale, has_identity, mask, coeffs, sparsity, code_format,
         coeffs_scale, group, bias,

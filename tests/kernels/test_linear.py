@@ -182,6 +182,16 @@ def test_few_and_many_rows_agree(rows):
     assert_matches(linear_op.linear(*arguments), arguments, dictionary, coeffs)
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("all_atoms", [False, True])
+@pytest.mark.parametrize("rows", [linear_op.FEW_ROWS + 1, linear_op.FEW_HALF_ROWS + 1])
+def test_whatever_torch_is_fast_at(rows, all_atoms, dtype, is_slow, monkeypatch):
+    monkeypatch.setattr(linear_op, "_halves_are_slow", lambda: is_slow)
+    arguments, dictionary, coeffs = make_linear(rows, 70, 45, 33, all_atoms=all_atoms, dtype=dtype)
+    assert_matches(linear_op.linear(*arguments), arguments, dictionary, coeffs)
+
+
 def test_gradients_go_through_the_parts():
     arguments, _, _ = make_linear(3, 40, 12, 17)
     x, dictionary, _, _, mask, coeffs, *_, bias = arguments

@@ -62,6 +62,19 @@ def test_more_rows_than_one_block():
     assert torch.equal(native.sparse_gemm(z, mask, coeffs, bias).double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coeffs_dtype", FLOATS)
+@pytest.mark.parametrize("rows", [2, 7, 19, 32])
+def test_more_atoms_than_stay_in_the_cache(rows, dtype, coeffs_dtype):
+    for n_atoms, sparsity in ((1027, 5), (1027, 1027), (3032, 800)):
+        problem = make_problem(
+            rows, n_atoms, 70, sparsity, dtype=dtype, coeffs_dtype=coeffs_dtype, exact=True
+        )
+        z, mask, coeffs, bias = problem
+        expected = (z.double() @ dense_of(mask, coeffs, n_atoms) + bias.double()).to(dtype)
+        assert torch.equal(native.sparse_gemm(*problem), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_thread_count_changes_no_bit(rows, dtype):
