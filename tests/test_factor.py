@@ -5,14 +5,13 @@ import torch
 
 from cospadi import native
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import (
+from cospadi.factor.checks import check_mask, mask_to_bool
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import (
     COEFFS_DTYPES,
     DICTIONARY_DTYPES,
     PACKED_COEFFS,
     FactorSpec,
-    SparseFactor,
-    check_mask,
-    mask_to_bool,
     removed_shares,
 )
 

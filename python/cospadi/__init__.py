@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cospadi.checkpoint.load import load
     from cospadi.errors import CospadiError
-    from cospadi.factor import FactorSpec, SparseFactor
+    from cospadi.factor.sparse_factor import SparseFactor
+    from cospadi.factor.spec import FactorSpec
     from cospadi.pipeline.compress import compress
     from cospadi.sparse_coding import ksvd, omp
     from cospadi.sparse_dictionary import SparseDictionary
@@ -21,9 +22,9 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "CospadiError": "cospadi.errors",
-    "FactorSpec": "cospadi.factor",
+    "FactorSpec": "cospadi.factor.spec",
     "SparseDictionary": "cospadi.sparse_dictionary",
-    "SparseFactor": "cospadi.factor",
+    "SparseFactor": "cospadi.factor.sparse_factor",
     "compress": "cospadi.pipeline.compress",
     "ksvd": "cospadi.sparse_coding",
     "load": "cospadi.checkpoint.load",

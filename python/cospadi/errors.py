@@ -50,3 +50,13 @@ class VerificationError(CospadiError):
     """A checkpoint does not hold what it states."""
 
     exit_code = 4
+
+
+def brief(value: object) -> str:
+    """Represent an untrusted value on one short line."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ops": {"native", "ops_cuda"},
     "ops_cuda": {"native"},
     "linear_op": {"ops", "ops_cuda", "native"},
-    "factor": {"native"},
+    "factor": {"factor", "native"},
     "sparse_coding": {"native"},  # of use without a model
     "sparse_dictionary": {"sparse_coding"},
     **{name: LEARNERS | {"factor", "ops", "linear_op", "native"} for name in LEARNERS},

@@ -11,7 +11,7 @@ from decoder_models import make_decoder, token_ids
 
 from cospadi.calibration.reconstruction import ReconstructionOptions, reconstruct_blocks
 from cospadi.errors import InputError
-from cospadi.factor import SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.learn.tunable import TunableLinear
 from cospadi.model.discover import decoder_blocks, discover, weight_of
 from cospadi.model.layers import build_layers, replace_modules

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils import logging
 
 from cospadi.checkpoint.writer import write_checkpoint
-from cospadi.factor import PACKED_COEFFS, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import PACKED_COEFFS
 from cospadi.model.layers import (
     CospadiLinear,
     build_layers,

@@ -13,7 +13,7 @@ from compressed_models import FAMILIES, write_tiny
 from cospadi import native
 from cospadi.checkpoint.format import _OPTIONAL, _REQUIRED, CospadiConfigData
 from cospadi.checkpoint.reader import read_checkpoint
-from cospadi.factor import COEFFS_DTYPES, DICTIONARY_DTYPES, PARTS
+from cospadi.factor.spec import COEFFS_DTYPES, DICTIONARY_DTYPES, PARTS
 
 DOCUMENT = (Path(__file__).parents[2] / "FORMAT.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,8 @@ from compressed_models import KINDS, Kind, kind_factor
 from torch import nn
 
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import FactorSpec, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import FactorSpec
 from cospadi.model.layers import (
     CospadiLinear,
     build_layers,

@@ -332,7 +332,7 @@ def test_projections():
 
 def read_data_of(name):
     from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
-    from cospadi.factor import FactorSpec
+    from cospadi.factor.spec import FactorSpec
 
     return CospadiConfigData({name: ModuleEntry(FactorSpec(4, 4, 2, 1, "mask", False))})
 

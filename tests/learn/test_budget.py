@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.errors import InputError
-from cospadi.factor import FactorSpec, removed_shares
+from cospadi.factor.spec import FactorSpec, removed_shares
 from cospadi.learn.budget import (
     StorageWidths,
     augmented_sparsity,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cospadi.learn.budget import stored_bits
 from cospadi.learn.methods import factor_size
 from cospadi.learn.widths import (
     LOWEST_BITS,
+    deal_bits,
     full_bits,
     integer_ratios,
     integer_types,
@@ -80,3 +84,54 @@ def test_ratios_worth_choosing_ascend_and_use_their_bytes(d_in):
         assert size.full_support == any(
             kept_bits(ratio) == pytest.approx(full_bits(width, d_in)) for width in (3, 4, 5, 6, 8)
         )
+
+
+def mean_bits(dealt, shapes):
+    total = sum(bits * math.prod(shape) for bits, shape in zip(dealt, shapes, strict=True))
+    return total / sum(math.prod(shape) for shape in shapes)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(WIDTHS), st.sampled_from([8, 48, 576, 1536])),
+        min_size=1,
+        max_size=40,
+    ),
+    st.floats(LOWEST_BITS, 15.0),
+)
+def test_linears_together_never_take_more_than_the_budget(shapes, bits):
+    dealt = deal_bits(shapes, bits)
+    assert mean_bits(dealt, shapes) <= bits + 1e-6
+    for own, (d_in, _) in zip(dealt, shapes, strict=True):
+        sizes = [kept_bits(ratio) for ratio in integer_ratios(d_in)]
+        assert own == bits or any(own == pytest.approx(size) for size in sizes)
+        _, _, used = used_bits(own, d_in)
+        assert used <= own + 1e-6
+
+
+BLOCK = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+
+
+@pytest.mark.parametrize("bits", [2.25, 2.9, 3.0, 3.25, 4.0, 4.25, 5.0, 6.0, 7.0, 8.0])
+def test_a_model_of_thirty_blocks_uses_its_budget(bits):
+    shapes = BLOCK * 30
+    assert bits - 0.011 < mean_bits(deal_bits(shapes, bits), shapes) <= bits + 1e-9
+
+
+def test_eight_bits_are_int8_but_for_two_linears_in_the_middle():
+    dealt = deal_bits(BLOCK * 30, 8.0)
+    others = [i for i, bits in enumerate(dealt) if bits < 8]
+    assert len(others) == 2
+    assert all(90 < i < 120 for i in others)
+    assert all(math.prod(BLOCK[i % 7]) == 576 * 1536 for i in others)
+
+
+def test_what_is_left_over_raises_the_smallest_linears_first():
+    dealt = deal_bits(BLOCK * 2, 4.25)
+    by_size = sorted(zip((math.prod(shape) for shape in BLOCK * 2), dealt, strict=True))
+    assert by_size[0][1] > 5
+    assert by_size[-1][1] < 4.1
+
+
+def test_between_sizes_with_a_mask_all_get_the_same():
+    assert set(deal_bits(BLOCK * 3, 3.25)) == {3.25}

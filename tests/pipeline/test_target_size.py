@@ -7,6 +7,7 @@ import pytest
 from cospadi.errors import InputError
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.recipe import Override, Recipe
+from cospadi.pipeline.verify import verify_checkpoint
 
 SETTINGS = {"samples": 4, "sequence_length": 64}
 
@@ -38,7 +39,19 @@ def test_the_weights_take_no_more(share, coeffs, dense_bytes, tiny_model_dir, ti
     compress(
         tiny_model_dir("llama"), out, calibration=str(tiny_text), target_size=wanted, **settings
     )
-    assert 0.8 * wanted < weight_bytes(out) <= wanted
+    assert (0.95 if coeffs is None else 0.8) * wanted < weight_bytes(out) <= wanted
+
+
+@pytest.mark.parametrize("bits", [4.6, 8.0])
+def test_bits_between_two_widths_are_used(bits, tiny_model_dir, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    result = compress(
+        tiny_model_dir("llama"), out, calibration=str(tiny_text), bits=bits, **SETTINGS
+    )
+    weights = sum(module.d_in * module.d_out for module in result.plan.modules)
+    assert bits - 0.25 < 8 * result.stored_bytes / weights <= bits
+    assert len({module.coeffs_dtype for module in result.plan.modules}) > 1
+    verify_checkpoint(out)
 
 
 def test_overrides_have_their_bytes_first(dense_bytes, tiny_model_dir, tiny_text, tmp_path):

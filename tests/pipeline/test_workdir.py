@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.errors import InputError
-from cospadi.factor import SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.pipeline.workdir import WorkDir
 
 NAME = "model.layers.0.mlp.up_proj"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cospadi.calibration.blockwise import BlockStream, BlockwiseDecoder
 from cospadi.calibration.statistics import Progress
 from cospadi.errors import InputError
-from cospadi.factor import SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.learn.tunable import TunableLinear, is_tunable
 
 BETAS = (0.9, 0.95)

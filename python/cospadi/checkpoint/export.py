@@ -11,7 +11,7 @@ from cospadi.checkpoint.atomic import check_vacant, new_folder
 from cospadi.checkpoint.format import CONFIG_KEY
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.writer import hold_config, save_model, stored_state
-from cospadi.factor import dtype_name
+from cospadi.factor.spec import dtype_name
 
 
 def export_dense(

@@ -20,7 +20,7 @@ from torch import nn
 from cospadi.checkpoint.atomic import check_vacant, new_folder
 from cospadi.checkpoint.load import load
 from cospadi.errors import InputError
-from cospadi.factor import dtype_name
+from cospadi.factor.spec import dtype_name
 from cospadi.model.layers import CospadiLinear, compressed_modules, replace_modules
 
 OPERATOR = "cospadi::CospadiLinear"

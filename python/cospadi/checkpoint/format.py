@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from cospadi.checkpoint.strict_json import brief_text, check_plain
-from cospadi.errors import CheckpointError, InputError, NewerFormatError
-from cospadi.factor import (
+from cospadi.errors import CheckpointError, InputError, NewerFormatError, brief
+from cospadi.factor.spec import (
     COEFFS_DTYPES,
     DICTIONARY_DTYPES,
     STORAGE_DTYPES,
     FactorSpec,
     TensorSpec,
-    brief,
     removed_shares,
 )
 

@@ -10,8 +10,7 @@ import torch
 
 from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
 from cospadi.checkpoint.strict_json import brief_text
-from cospadi.errors import CheckpointError, CospadiError, CudaUnavailableError, InputError
-from cospadi.factor import brief
+from cospadi.errors import CheckpointError, CospadiError, CudaUnavailableError, InputError, brief
 from cospadi.model.files import vocabulary_file
 
 _DEPTH_KEY = re.compile(r"(num_.*(layers|blocks)|n_?layers?|n_blocks)", re.ASCII)

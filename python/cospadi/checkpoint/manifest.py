@@ -17,8 +17,7 @@ from typing import Any
 from cospadi.checkpoint.atomic import HELD_SUFFIX
 from cospadi.checkpoint.reader import checked_file
 from cospadi.checkpoint.strict_json import brief_text, read_json_object
-from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import brief
+from cospadi.errors import CheckpointError, InputError, brief
 
 MANIFEST_FILE = "cospadi_manifest.json"
 MANIFEST_VERSION = 1

@@ -12,8 +12,9 @@ import torch
 from cospadi.checkpoint.format import CONFIG_KEY, QUANT_METHOD, CospadiConfigData
 from cospadi.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
 from cospadi.checkpoint.strict_json import brief_text, read_json_object
-from cospadi.errors import CheckpointError, NotCompressedError
-from cospadi.factor import SparseFactor, brief, dtype_name
+from cospadi.errors import CheckpointError, NotCompressedError, brief
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import dtype_name
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

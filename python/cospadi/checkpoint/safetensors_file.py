@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from cospadi.checkpoint.strict_json import MAX_JSON_BYTES, brief_text, parse_json_object
-from cospadi.errors import CheckpointError
-from cospadi.factor import MAX_ELEMENTS, brief
+from cospadi.errors import CheckpointError, brief
+from cospadi.factor.spec import MAX_ELEMENTS
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

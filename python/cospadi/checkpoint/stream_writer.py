@@ -28,7 +28,8 @@ from cospadi.checkpoint.writer import (
     natural_key,
 )
 from cospadi.errors import CheckpointError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor, dtype_name
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.model.layers import CospadiLinear, replace_modules
 
 # The order in which the safetensors library writes types, alignment first.

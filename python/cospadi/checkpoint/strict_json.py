@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cospadi.errors import CheckpointError
-from cospadi.factor import brief
+from cospadi.errors import CheckpointError, brief
 
 MAX_JSON_BYTES = 100_000_000
 """The limit that safetensors sets for its header; generous for a config."""

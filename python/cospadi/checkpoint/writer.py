@@ -20,8 +20,9 @@ from cospadi.checkpoint.manifest import (
     write_run_record,
 )
 from cospadi.checkpoint.reader import CONFIG_FILE, check_tensors, read_headers
-from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor, brief, dtype_name
+from cospadi.errors import InputError, brief
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.model.layers import compressed_modules, describe_modules
 
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", re.ASCII)

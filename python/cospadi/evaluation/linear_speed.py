@@ -15,7 +15,8 @@ from torch import nn
 from cospadi import native
 from cospadi.errors import CospadiError
 from cospadi.evaluation.timing import Timing, clock_of, measure_in_turn, torch_threads
-from cospadi.factor import FactorSpec, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import FactorSpec
 from cospadi.learn.budget import StorageWidths
 from cospadi.learn.methods import factor_size
 from cospadi.model.huge_pages import use_huge_pages

@@ -12,7 +12,7 @@ from torch import nn
 
 from cospadi.checkpoint.format import SENTINEL, CospadiConfigData, ModuleEntry
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import FactorSpec, TensorSpec, dtype_name
+from cospadi.factor.spec import FactorSpec, TensorSpec, dtype_name
 from cospadi.integrations.sharding import Parallel, column_rows, fused_rows, share_of_outputs
 
 _BY_OUTPUT = ("mask", "coeffs", "coeffs_scale")

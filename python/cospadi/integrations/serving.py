@@ -22,7 +22,8 @@ from torch import nn
 from cospadi.checkpoint.format import SENTINEL, CospadiConfigData
 from cospadi.checkpoint.reader import read_checkpoint
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor, dtype_name
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.integrations.served_layer import LayerPlan, Member, ServedLinear
 from cospadi.integrations.sharding import Parallel
 from cospadi.model.layers import CospadiLinear

@@ -21,7 +21,7 @@ from torch import nn
 
 from cospadi.checkpoint.format import QUANT_METHOD, CospadiConfigData
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.integrations.serving import ServedMethod, ServedModel
 from cospadi.integrations.sharding import Parallel
 

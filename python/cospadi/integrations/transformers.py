@@ -29,7 +29,7 @@ from cospadi.checkpoint.format import QUANT_METHOD, CospadiConfigData
 from cospadi.checkpoint.reader import check_tensors
 from cospadi.checkpoint.safetensors_file import read_header
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import STORAGE_DTYPES, dtype_name
+from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.model.huge_pages import use_huge_pages
 from cospadi.model.layers import (
     CospadiLinear,

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from cospadi.checkpoint.format import QUANT_METHOD, CospadiConfigData
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.integrations.serving import ServedMethod, ServedModel
 from cospadi.integrations.sharding import Parallel
 

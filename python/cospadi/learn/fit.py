@@ -10,7 +10,8 @@ from typing import overload
 import torch
 
 from cospadi.errors import FitError, InputError
-from cospadi.factor import STORAGE_DTYPES, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.baselines import (
     basis_sharing,
     compot,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cospadi.errors import InputError
-from cospadi.factor import SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
 
 
 def is_tunable(factor: SparseFactor) -> bool:

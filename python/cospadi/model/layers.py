@@ -17,14 +17,8 @@ from cospadi.checkpoint.format import (
     ModuleEntry,
 )
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import (
-    PARTS,
-    STORAGE_DTYPES,
-    FactorSpec,
-    Packing,
-    SparseFactor,
-    dtype_name,
-)
+from cospadi.factor.sparse_factor import Packing, SparseFactor
+from cospadi.factor.spec import PARTS, STORAGE_DTYPES, FactorSpec, dtype_name
 from cospadi.linear_op import linear
 
 SCALES = ("dictionary_scale", "coeffs_scale")

@@ -17,7 +17,7 @@ from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
 from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputError
-from cospadi.factor import removed_shares
+from cospadi.factor.spec import removed_shares
 from cospadi.learn.precision import PRODUCTS, Products
 from cospadi.model.discover import Skipped, TargetLinear, discover
 from cospadi.model.locate import resolve
@@ -78,7 +78,7 @@ class CompressResult:
     calibration_seconds : float
         Part of it that went into activations.
     ratio : dict
-        Removed shares of what was written, see `cospadi.factor.removed_shares`.
+        Removed shares of what was written, see `cospadi.factor.spec.removed_shares`.
     dense_bytes, stored_bytes : int
         The compressed linears in bfloat16, and as written.
     allocation : Allocation or None

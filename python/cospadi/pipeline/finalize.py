@@ -10,7 +10,7 @@ from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
 from cospadi.checkpoint.stream_writer import write_streamed
 from cospadi.checkpoint.writer import RunRecord, write_checkpoint
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.layers import build_layers, replace_modules
 from cospadi.model.source import SourceModel
 from cospadi.model.streamed import StreamedSource, tied_names

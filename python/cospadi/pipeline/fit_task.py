@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cospadi.errors import CospadiError
-from cospadi.factor import SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.output_metric import OutputMetric

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
-from cospadi.factor import removed_shares
+from cospadi.factor.spec import removed_shares
 from cospadi.pipeline.report import BF16_BYTES, REPORT_FILE
 
 

@@ -14,7 +14,7 @@ from cospadi.calibration.placement import placed
 from cospadi.calibration.reconstruction import dense_linear
 from cospadi.calibration.sequential import SequentialInput, collect_sequential
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES, FactorSpec
+from cospadi.factor.spec import STORAGE_DTYPES, FactorSpec
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.precision import Products

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
 from cospadi.pipeline.costs import fit_flops, gram_flops
 from cospadi.pipeline.plan import Plan

@@ -14,7 +14,7 @@ from cospadi.checkpoint.export import export_dense, save_dense
 from cospadi.checkpoint.format import CONFIG_KEY, QUANT_METHOD
 from cospadi.checkpoint.load import load
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.files import check_tokenizer_files
 from cospadi.model.source import SourceModel, open_source
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cospadi.checkpoint.format import LayerType
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES, FactorSpec, Support, removed_shares
+from cospadi.factor.spec import STORAGE_DTYPES, FactorSpec, Support, removed_shares
 from cospadi.learn.budget import VALUE_BITS, StorageWidths
 from cospadi.learn.grouping import groups_by_position as consecutive
 from cospadi.learn.methods import FactorSize, candidate_sizes, factor_size
 from cospadi.learn.quantize import INTEGER_BITS, StorageTypes
+from cospadi.learn.widths import AUTO, deal_bits, kept_bits, removed_share
 from cospadi.model.discover import Skipped, TargetLinear, match_names
 from cospadi.pipeline.recipe import Override, Recipe
 
@@ -109,7 +110,7 @@ class Plan:
 
     @property
     def ratio(self) -> dict[str, float]:
-        """Removed shares of the planned linears in every convention, see `cospadi.factor.removed_shares`."""
+        """Removed shares of the planned linears in every convention, see `cospadi.factor.spec.removed_shares`."""
         return removed_shares(module.spec for module in self.modules)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def make_plan(
     groups : sequence of sequences of str, optional
         Modules that share a dictionary, each group in model order; by default neighbouring layers as the recipe says.
     ratios : mapping, optional
-        Removed share by module name, in place of the recipe's; overrides still win.
+        Removed share by module name, in place of the recipe's; overrides still win. By default the recipe's, or, where
+        integers are chosen by budget, shares that make it up together (`cospadi.learn.widths.deal_bits`).
 
     Raises
     ------
@@ -161,6 +163,8 @@ def make_plan(
         match_names(override.match, names, argument="overrides")
     if groups is None:
         groups = groups_by_position(targets, recipe)
+    if ratios is None and recipe.coeffs_dtype == AUTO:
+        ratios = _dealt_ratios(targets, recipe)
     by_name = {target.name: target for target in targets}
     grouped = {name: group for group in groups for name in group}
     planned: dict[str, ModulePlan | Skipped] = {}
@@ -224,6 +228,14 @@ def sharing_runs(targets: Sequence[TargetLinear], recipe: Recipe) -> list[list[s
         key = (target.projection, target.d_in, module_settings(target.name, recipe))
         runs[key].append(target.name)
     return list(runs.values())
+
+
+def _dealt_ratios(targets: Sequence[TargetLinear], recipe: Recipe) -> dict[str, float]:
+    """Removed shares of the linears without an override whose integers make up the recipe's ratio together."""
+    plain = module_settings("", replace(recipe, overrides=()))
+    own = [target for target in targets if module_settings(target.name, recipe) == plain]
+    dealt = deal_bits([(t.d_in, t.d_out) for t in own], kept_bits(recipe.ratio))
+    return {target.name: removed_share(bits) for target, bits in zip(own, dealt, strict=True)}
 
 
 def _plan_group(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.allocation import HIGHEST, LOWEST
 from cospadi.learn.budget import RatioConvention, check_ratio
 from cospadi.learn.coding import Solver

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from cospadi import __version__
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.budget import VALUE_BITS
 from cospadi.learn.methods import METHODS
 from cospadi.learn.options import LearnOptions

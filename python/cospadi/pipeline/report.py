@@ -16,7 +16,7 @@ from cospadi.checkpoint.manifest import RUN_FILE, has_manifest, renew_manifest
 from cospadi.checkpoint.reader import checked_file
 from cospadi.checkpoint.strict_json import check_plain, read_json_object
 from cospadi.errors import CheckpointError, InputError
-from cospadi.factor import removed_shares
+from cospadi.factor.spec import removed_shares
 from cospadi.model.source import SourceModel
 from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.recipe import Recipe

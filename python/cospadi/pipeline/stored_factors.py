@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 
 from cospadi.errors import InputError
-from cospadi.factor import FactorSpec, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import FactorSpec
 from cospadi.pipeline.workdir import ResultStore
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from cospadi.errors import InputError
-from cospadi.factor import STORAGE_DTYPES
+from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.budget import VALUE_BITS
 from cospadi.model.discover import Skipped, TargetLinear
 from cospadi.pipeline.plan import make_plan, module_settings

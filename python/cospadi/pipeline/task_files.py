@@ -18,8 +18,8 @@ from safetensors.torch import save as save_tensors
 
 from cospadi.checkpoint.safetensors_file import read_header, read_tensor
 from cospadi.checkpoint.strict_json import read_json_object
-from cospadi.errors import CheckpointError, CospadiError
-from cospadi.factor import STORAGE_DTYPES, brief, dtype_name
+from cospadi.errors import CheckpointError, CospadiError, brief
+from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions

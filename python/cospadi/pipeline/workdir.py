@@ -30,7 +30,8 @@ from safetensors.torch import save as save_tensors
 from cospadi import __version__, native
 from cospadi.checkpoint.strict_json import read_json_object
 from cospadi.errors import CheckpointError, CospadiError, InputError
-from cospadi.factor import FactorSpec, SparseFactor
+from cospadi.factor.sparse_factor import SparseFactor
+from cospadi.factor.spec import FactorSpec
 from cospadi.learn.fit import FitReport
 
 LOCK_FILE = "lock"
