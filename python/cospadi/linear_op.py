@@ -131,7 +131,7 @@ def _dictionary_products(
 def _is_slow(x: torch.Tensor) -> bool:
     """Whether torch multiplies numbers of this type faster after making them float32.
 
-    Without AVX-512 its 16-bit products on x86 run at 2 to 10 GFLOP/s per core, those in float32 at 90 (docs/results.md).
+    Without AVX-512 its 16-bit products on x86 run at 2 to 10 GFLOP/s per core, in float32 at 90 (docs/results.md).
     Sums are in float32 either way, and the result is rounded once.
     """
     return x.device.type == "cpu" and x.dtype != torch.float32 and _halves_are_slow()

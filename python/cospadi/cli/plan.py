@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from cospadi.cli.common import (
     write_json,
 )
 from cospadi.cli.live import duration
+
+if TYPE_CHECKING:
+    from cospadi.factor.spec import FactorSpec
 
 
 def plan_command(
@@ -84,15 +88,16 @@ def plan_command(
     write_json(json_out, plan.to_mapping() | {"resources": found})
     if str(json_out) == "-":
         return
-    kinds = Counter(m.spec for m in plan.modules)
+    kinds = Counter(replace(m.spec, bias=False) for m in plan.modules)
     typer.echo(
-        f"{'in':>7} {'out':>7} {'identity':>9} {'atoms':>7} {'s':>6} {'count':>6} {'bytes each':>14}"
+        f"{'in':>7} {'out':>7} {'identity':>9} {'atoms':>7} {'s':>6} {'coefficients':>13} {'count':>6} "
+        f"{'bytes each':>14}"
     )
-    for spec, count in sorted(kinds.items(), key=lambda item: (item[0].d_in, item[0].d_out)):
+    for spec, count in sorted(kinds.items(), key=_size_order):
         note = "" if spec.owns_dictionary else "  dictionary of another layer"
         typer.echo(
-            f"{spec.d_in:>7} {spec.d_out:>7} {spec.n_identity:>9} {spec.n_atoms:>7} {spec.sparsity:>6} {count:>6} "
-            f"{spec.stored_bytes:>14,}{note}"
+            f"{spec.d_in:>7} {spec.d_out:>7} {spec.n_identity:>9} {spec.n_atoms:>7} {spec.sparsity:>6} "
+            f"{spec.coeffs_dtype:>13} {count:>6} {spec.stored_bytes:>14,}{note}"
         )
     for item in plan.dense:
         typer.echo(f"left dense: {item.name}: {item.reason}")
@@ -113,6 +118,11 @@ def plan_command(
         f"time, about: calibration {duration(seconds['calibration'])}, fits {duration(seconds['fits'])} with "
         f"{found['threads']} threads" + (f" in each of {workers} workers" if workers else "")
     )
+
+
+def _size_order(item: tuple[FactorSpec, int]) -> tuple[int, int, int]:
+    spec, _ = item
+    return spec.d_in, spec.d_out, spec.stored_bits
 
 
 def _show_device(gpu: Mapping[str, Any]) -> None:
