@@ -28,6 +28,7 @@ from cospadi.learn.quantize import StorageTypes
 from cospadi.learn.whitening import whiten_gram
 from cospadi.model.discover import discover, weight_of
 from cospadi.model.source import open_source
+from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.sensitivity import fisher_metrics
 
 METRICS = ("activations", "outputs")
@@ -92,7 +93,7 @@ def main() -> None:
                 settings = FitSettings("cospadi", size, StorageTypes(), LearnOptions())
                 metrics = {
                     "activations": (plain, None),
-                    "outputs": fisher_metrics(fisher, by_name[name], item.gram, plain),
+                    "outputs": fisher_metrics(fisher, by_name[name], item.gram, plain, Recipe()),
                 }
                 errors[name], changes[name] = {}, []
                 for label in METRICS:

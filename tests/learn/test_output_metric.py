@@ -9,10 +9,13 @@ from cospadi.errors import InputError
 from cospadi.learn import output_metric as metrics
 from cospadi.learn import splitting
 from cospadi.learn.augmented import fit_augmented
+from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.group import unit_columns
 from cospadi.learn.member import Member
+from cospadi.learn.methods import FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.output_metric import output_metric
+from cospadi.learn.output_metric import RowScales, output_metric, row_scales
+from cospadi.learn.quantize import StorageTypes
 from cospadi.learn.refit import solve_on_support_jointly
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.shared_dictionary import solve_dictionary
@@ -64,6 +67,66 @@ def test_no_gradient_means_no_metric():
 def test_bad_metric(fisher, shrinkage, match):
     with pytest.raises(InputError, match=match):
         output_metric(fisher, "layer", shrinkage=shrinkage)
+
+
+def test_row_scales_are_the_roots_of_the_diagonal_to_the_next_power_of_two():
+    diagonal = torch.tensor([1e-3, 1.0, 4.0, 250.0, 0.0], dtype=torch.float64)
+    fisher = torch.diag(diagonal) + 1e-4 * torch.ones(5, 5).double() * (1 - torch.eye(5))
+    scales = row_scales(fisher, "layer").scales
+    assert float(scales.min()) == 1.0
+    assert torch.equal(scales.log2(), scales.log2().round())
+    share = metrics.DIAGONAL_SHRINKAGE
+    wanted = ((1 - share) * diagonal / diagonal.mean() + share).sqrt()
+    off = (scales / wanted).log2()
+    assert float(off.max() - off.min()) <= 1.0 + 1e-9
+    assert row_scales(torch.zeros(4, 4), "layer") is None
+    with pytest.raises(InputError, match=r"layer: .*non-finite"):
+        row_scales(torch.full((3, 3), float("inf")), "layer")
+
+
+@pytest.mark.parametrize("n_atoms", [0, 5])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_scaled_rows_are_a_fit_of_the_scaled_weight(n_atoms, dtype):
+    item, gram = member(fisher=False)
+    scales = 2.0 ** (torch.arange(24) % 5).double()
+    settings = FitSettings(
+        "cospadi", FactorSize(18, n_atoms, 9), StorageTypes(dtype, dtype, 0), LearnOptions()
+    )
+    given = FitInput("layer", item.weight, None, gram, item.whitening, output=RowScales(scales))
+    scaled = FitInput("layer", item.weight * scales[:, None].float(), None, gram, item.whitening)
+    ((factor, _),) = fit([given], settings)
+    ((other, _),) = fit([scaled], settings)
+    assert torch.equal(factor.mask, other.mask)
+    assert torch.equal(factor.coeffs.double() * scales[:, None], other.coeffs.double())
+
+
+def test_rows_that_count_more_lose_less():
+    item, gram = member(d_out=96, fisher=False)
+    scales = torch.where(torch.arange(96) < 8, 16.0, 1.0).double()
+    settings = FitSettings(
+        "cospadi", FactorSize(18, 4, 6), StorageTypes("float32", "float32", 0), LearnOptions()
+    )
+
+    def losses(output):
+        given = FitInput("layer", item.weight, None, gram, item.whitening, output=output)
+        ((factor, _),) = fit([given], settings)
+        change = item.weight.double() - factor.dense_weight(torch.float64)
+        return ((change @ gram) * change).sum(1)
+
+    plain, weighed = losses(None), losses(RowScales(scales))
+    assert float(weighed[:8].sum()) < float(plain[:8].sum())
+    assert float((weighed * scales**2).sum()) < float((plain * scales**2).sum())
+
+
+def test_scaled_rows_are_not_for_integers():
+    item, gram = member(fisher=False)
+    settings = FitSettings(
+        "cospadi", FactorSize(18, 0, 9), StorageTypes("bfloat16", "int8", 0), LearnOptions()
+    )
+    scales = RowScales(torch.ones(24, dtype=torch.float64))
+    given = FitInput("layer", item.weight, None, gram, item.whitening, output=scales)
+    with pytest.raises(InputError, match="layer: scaled rows: expected floating-point"):
+        fit([given], settings)
 
 
 def test_member_error_is_the_trace_formula():

@@ -13,22 +13,26 @@ from cospadi.errors import CheckpointError
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import StorageTypes
 from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember, run_task
 from cospadi.pipeline.queue import MOST_ATTEMPTS, Heartbeat, Queue
-from cospadi.pipeline.task_files import read_task
+from cospadi.pipeline.task_files import TASK_VERSION, read_task
 
 RUN = "0" * 64
 
 
-def made(name="a.b", *, cost=1.0, d_in=24, d_out=20, seed=0, output=False) -> FitTask:
+def made(name="a.b", *, cost=1.0, d_in=24, d_out=20, seed=0, output="none") -> FitTask:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, d_in, generator=generator, dtype=torch.float64)
     gram = x.T @ x / 64
     weight = torch.randn(d_out, d_in, generator=generator)
-    metric = OutputMetric(torch.eye(d_out, dtype=torch.float64), 0.5) if output else None
-    statistics = Statistics(gram, InputMetric(name, gram), output=metric)
+    metrics = {
+        "none": None,
+        "matrix": OutputMetric(torch.eye(d_out, dtype=torch.float64), 0.5),
+        "rows": RowScales(2.0 ** (torch.arange(d_out) % 3).double()),
+    }
+    statistics = Statistics(gram, InputMetric(name, gram), output=metrics[output])
     settings = FitSettings(
         "cospadi",
         FactorSize(d_in, 4, 12),
@@ -58,7 +62,7 @@ def queue(tmp_path, clock):
 
 
 def test_a_task_comes_back_and_has_the_same_result(queue):
-    for output in (False, True):
+    for output in ("none", "matrix", "rows"):
         task = made(output=output)
         queue.publish(task, RUN)
         back = queue.read(task.name)
@@ -193,13 +197,14 @@ def edit(queue, change):
         (lambda r: r.update(members={"name": "a"}), "expected a list"),
         (lambda r: r.update(cost=-1), "cost"),
         (lambda r: r.update(cost=True), "cost"),
-        (lambda r: r.update(task_version=2), "task_version"),
+        (lambda r: r.update(task_version=TASK_VERSION + 1), "task_version"),
         (lambda r: r.update(sha256="0"), "SHA-256"),
         (lambda r: r["members"][0].update(weight="t9"), "expected a tensor's name"),
         (lambda r: r["members"][0].update(weight=None), "expected a tensor's name"),
         (lambda r: r["members"][0].update(bias="t0"), "bias: expected"),
         (lambda r: r["members"][0].update(gram="t0"), "gram: expected"),
         (lambda r: r["members"][0].update(output="t1", output_scale=1.0), "output: expected"),
+        (lambda r: r["members"][0].update(row_scales="t1"), "row_scales: expected"),
         (lambda r: r["members"][0].update(n_tokens=True), "n_tokens: got True"),
         (lambda r: r["settings"].update(method="__import__"), "method"),
         (lambda r: r["settings"].update(extra=1), "expected"),

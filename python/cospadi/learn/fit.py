@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -29,7 +29,7 @@ from cospadi.learn.learner import IterationStats
 from cospadi.learn.member import Member
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import INTEGER_BITS, QuantisedCoeffs, QuantisedDictionary, StorageTypes
 from cospadi.learn.result import FloatFactor
 from cospadi.learn.rounding import RoundedFactor, round_factors, rounding_error
@@ -62,8 +62,9 @@ class FitInput:
         Metric of the fit.
     target : torch.Tensor or None
         ``[d_out, d_in]`` weight to approximate instead (sequential calibration); None: `weight`.
-    output : OutputMetric or None
-        What errors of the output do to the prediction; None: outputs count alike.
+    output : OutputMetric, RowScales or None
+        What errors of the output do to the prediction; None: outputs count alike. `RowScales` are for CoSpaDi with
+        floating-point coefficients.
     with_spectrum : bool
         Keep the spectrum in the report. It costs a singular value decomposition of the weight, as much as a good part
         of a fit, so it is for the few weights that somebody will look at.
@@ -77,13 +78,16 @@ class FitInput:
     gram: torch.Tensor
     whitening: Whitening
     target: torch.Tensor | None = None
-    output: OutputMetric | None = None
+    output: OutputMetric | RowScales | None = None
     with_spectrum: bool = False
     n_tokens: int | None = None
 
     def member(self) -> Member:
-        """What the fit approximates, in its metric."""
+        """What the fit approximates, in its metric; its rows scaled where the output has `RowScales`."""
         target = self.weight if self.target is None else self.target
+        if isinstance(self.output, RowScales):
+            scales = self.output.scales.to(target.dtype)
+            return Member(target * scales[:, None], self.whitening)
         return Member(target, self.whitening, self.output)
 
 
@@ -204,6 +208,7 @@ def fit(
     group_errors: tuple[float, ...] = ()
     if settings.method == "cospadi":
         fitted, rounded = _learn(inputs, settings, joint, num_threads, progress)
+        rounded = [_unscaled(*pair) for pair in zip(inputs, rounded, strict=True)]
         history, group_errors = fitted.history, fitted.exact_errors
     else:
         rounded = _fit_baseline(inputs, settings, joint)
@@ -246,6 +251,19 @@ def _learn(
         )
         results.append((fitted, rounded))
     return min(results, key=lambda result: rounding_error(members, result[1]))
+
+
+def _unscaled(item: FitInput, factor: RoundedFactor) -> RoundedFactor:
+    """The factor of the weight itself where its rows were scaled: other exponents, the same digits."""
+    if not isinstance(item.output, RowScales):
+        return factor
+    coeffs = factor.coeffs
+    if coeffs.fields is not None:
+        raise InputError(
+            f"{item.name}: scaled rows: expected floating-point coefficients, got {coeffs.dtype}"
+        )
+    values = coeffs.values / item.output.scales.to(coeffs.values.dtype)[:, None]
+    return replace(factor, coeffs=replace(coeffs, values=values))
 
 
 def _fit_baseline(

@@ -3,6 +3,9 @@
 With the Fisher matrix F of a layer's output (`cospadi.calibration.fisher`) the objective of a fit becomes
 ``trace(F dW G dW^T)`` instead of ``trace(dW G dW^T)``: errors of single outputs get weights, and errors of different
 outputs may cancel where later layers only see their sum (the inputs of a softmax, of a gate, of a projection).
+
+F's diagonal alone (`RowScales`) leaves the outputs independent: a fit of the weight with its rows scaled is all there
+is to it. Where a layer has more outputs than inputs F is hardly told from noise but for its diagonal (docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from cospadi.errors import FitError, InputError
 SHRINKAGE = 0.1
 """Share of the identity in the metric: F comes from some ten thousand tokens with one drawn label each."""
 
+
+DIAGONAL_SHRINKAGE = 0.02
+"""The same where the diagonal alone is used, of which as many tokens know more."""
 
 LEVEL_RATIO = 2.0
 """Eigenvalues within this factor count as one: the same problem for a metric as good as an estimated one."""
@@ -84,6 +90,36 @@ class OutputMetric:
         return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
+@dataclass(frozen=True, eq=False)
+class RowScales:
+    """The diagonal of a Fisher matrix, as what the rows of a weight are multiplied by before they are fitted.
+
+    Attributes
+    ----------
+    scales : torch.Tensor
+        ``[d_out]`` float64 powers of two, at least one, so that coefficients divided by them are the same numbers but
+        for their exponents.
+    """
+
+    scales: torch.Tensor
+
+
+def row_scales(fisher: torch.Tensor, name: str) -> RowScales | None:
+    """Scales of rows from a Fisher matrix; arguments and errors as for `output_metric`.
+
+    They are the roots of its diagonal, of which a share of `DIAGONAL_SHRINKAGE` counts alike, to the next powers of
+    two.
+    """
+    fisher = _checked(fisher, name)
+    diagonal = fisher.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0.0:
+        return None
+    weights = (1.0 - DIAGONAL_SHRINKAGE) * diagonal / mean + DIAGONAL_SHRINKAGE
+    scales = 2.0 ** (0.5 * weights.log2()).round()
+    return RowScales(scales / scales.min())
+
+
 def output_metric(
     fisher: torch.Tensor, name: str, *, shrinkage: float = SHRINKAGE
 ) -> OutputMetric | None:
@@ -108,19 +144,23 @@ def output_metric(
     InputError
         Not square or not finite; shrinkage out of range.
     """
-    if fisher.ndim != 2 or fisher.shape[0] != fisher.shape[1]:
-        raise InputError(f"{name}: Fisher matrix has shape {tuple(fisher.shape)}, expected square")
-    if not bool(torch.isfinite(fisher).all()):
-        raise InputError(f"{name}: the Fisher matrix holds non-finite values")
+    fisher = _checked(fisher, name)
     if not 0.0 < shrinkage <= 1.0:
         raise InputError(f"shrinkage: expected a share above 0 and up to 1, got {shrinkage!r}")
-    fisher = fisher.double()
     scale = float(fisher.diagonal().mean())
     if scale <= 0.0:
         return None
     matrix = (fisher + fisher.T) * (0.5 * (1.0 - shrinkage) / scale)
     matrix.diagonal().add_(shrinkage)
     return OutputMetric(matrix, scale)
+
+
+def _checked(fisher: torch.Tensor, name: str) -> torch.Tensor:
+    if fisher.ndim != 2 or fisher.shape[0] != fisher.shape[1]:
+        raise InputError(f"{name}: Fisher matrix has shape {tuple(fisher.shape)}, expected square")
+    if not bool(torch.isfinite(fisher).all()):
+        raise InputError(f"{name}: the Fisher matrix holds non-finite values")
+    return fisher.double()
 
 
 def _unit_outputs(metric: torch.Tensor) -> UnitOutputs:

@@ -12,7 +12,7 @@ from cospadi.errors import CospadiError
 from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
 from cospadi.learn.learner import IterationStats
-from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ class Statistics:
         Metric of the fit.
     target : torch.Tensor or None
         ``[d_out, d_in]`` weight to approximate in place of the module's own (sequential calibration).
-    output : OutputMetric or None
+    output : OutputMetric, RowScales or None
         Metric of the outputs.
     n_tokens : int or None
         Calibration tokens behind `gram`; None: no text.
@@ -88,7 +88,7 @@ class Statistics:
     gram: torch.Tensor | None
     metric: InputMetric
     target: torch.Tensor | None = None
-    output: OutputMetric | None = None
+    output: OutputMetric | RowScales | None = None
     n_tokens: int | None = None
 
 
@@ -158,7 +158,9 @@ def run_task(
         gram, output = statistics.gram, statistics.output
         if gram is None:
             gram = torch.eye(member.d_in, dtype=torch.float64, device=device)
-        if output is not None and output.matrix.device != device:
+        if isinstance(output, RowScales):
+            output = RowScales(output.scales.to(device))
+        elif output is not None and output.matrix.device != device:
             output = dataclasses.replace(output, matrix=output.matrix.to(device))
         inputs.append(
             FitInput(

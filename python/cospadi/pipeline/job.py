@@ -167,7 +167,9 @@ class Job:
         """Statistics with what the gradients of the module's output say."""
         output = None
         if self.fisher is not None and metric.gram is not None:
-            weighted, output = fisher_grams(self.fisher, self.targets[name], metric.gram)
+            weighted, output = fisher_grams(
+                self.fisher, self.targets[name], metric.gram, self.recipe
+            )
             if weighted is not None:
                 metric = InputMetric(name, metric.gram, weighted)
         return Statistics(gram, metric, target, output, n_tokens)

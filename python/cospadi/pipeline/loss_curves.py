@@ -193,7 +193,9 @@ def _coarse_fits(
             for name in item.members:
                 metric, output = whitening, None
                 if fisher is not None:
-                    metric, output = fisher_metrics(fisher, pending[name], gram, whitening)
+                    metric, output = fisher_metrics(
+                        fisher, pending[name], gram, whitening, grams.recipe
+                    )
                 weight = weight_of(grams.source.model, pending[name])[0].to(grams.device)
                 given = FitInput(name, weight, None, gram, metric, output=output)
                 factors = _coarse_factors(given, grams.recipe, ratios[name])

@@ -121,7 +121,8 @@ class Recipe:
         How far a linear's share may lie from `ratio`.
     output_metric : {"none", "fisher"}
         How errors of different outputs of a layer count: alike, or by what they do to the model's prediction
-        (`cospadi.learn.output_metric`; dictionaries with identity atoms only).
+        (`cospadi.learn.output_metric`; dictionaries with identity atoms only). Where floating-point weights have more
+        outputs than inputs, each output by itself.
     backward_samples : int
         Calibration windows that are also run backwards, for the output metric and for the allocation.
     reconstruction : {"none", "blockwise"}

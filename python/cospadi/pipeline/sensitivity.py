@@ -9,10 +9,12 @@ import torch
 
 from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.placement import placed
-from cospadi.learn.output_metric import OutputMetric, output_metric
+from cospadi.factor.spec import STORAGE_DTYPES
+from cospadi.learn.output_metric import OutputMetric, RowScales, output_metric, row_scales
 from cospadi.learn.whitening import Whitening, WhiteningError, whiten_gram
 from cospadi.model.discover import TargetLinear
 from cospadi.pipeline.grams import GramSource
+from cospadi.pipeline.recipe import Recipe
 
 PLAIN_SHARE = 0.5
 """Share of the plain Gram in a weighted one: the few tokens that carry the weight must not be all there is."""
@@ -50,8 +52,12 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
 
 
 def fisher_metrics(
-    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor, whitening: Whitening
-) -> tuple[Whitening, OutputMetric | None]:
+    fisher: FisherStore,
+    target: TargetLinear,
+    gram: torch.Tensor,
+    whitening: Whitening,
+    recipe: Recipe,
+) -> tuple[Whitening, OutputMetric | RowScales | None]:
     """Metrics of a target's inputs and outputs.
 
     Parameters
@@ -64,13 +70,15 @@ def fisher_metrics(
         ``[d_in, d_in]`` float64 activation Gram; the metrics lie on its device.
     whitening : Whitening
         Of it.
+    recipe : Recipe
+        Settings of the fit that they are for.
 
     Returns
     -------
-    (Whitening, OutputMetric or None)
+    (Whitening, OutputMetric, RowScales or None)
         The first is that of the activation Gram, except where a few tokens carry the gradient: there they weigh more.
     """
-    mixed, output = fisher_grams(fisher, target, gram)
+    mixed, output = fisher_grams(fisher, target, gram, recipe)
     if mixed is None:
         return whitening, output
     try:
@@ -80,13 +88,21 @@ def fisher_metrics(
 
 
 def fisher_grams(
-    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor
-) -> tuple[torch.Tensor | None, OutputMetric | None]:
+    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor, recipe: Recipe
+) -> tuple[torch.Tensor | None, OutputMetric | RowScales | None]:
     """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient; output metric.
 
-    Both lie on the device of `gram`.
+    Both lie on the device of `gram`. A weight with more outputs than inputs has scales of its rows in place of the
+    metric: beside its diagonal such an F is noise, and more than half of a fit's time (docs/results.md). Integers keep
+    the metric, in which their rounding errors answer each other.
     """
-    output = output_metric(fisher.load(target).to(gram.device), target.name)
+    matrix = fisher.load(target).to(gram.device)
+    is_rounded = recipe.coeffs_dtype is not None and recipe.coeffs_dtype not in STORAGE_DTYPES
+    output: OutputMetric | RowScales | None
+    if target.d_out > target.d_in and not is_rounded:
+        output = row_scales(matrix, target.name)
+    else:
+        output = output_metric(matrix, target.name)
     weighted = fisher.load_weighted_gram(target)
     if output is None or weighted is None:
         return None, output

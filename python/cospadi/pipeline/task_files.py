@@ -23,15 +23,15 @@ from cospadi.factor.spec import STORAGE_DTYPES, dtype_name
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions
-from cospadi.learn.output_metric import OutputMetric
+from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import StorageTypes
 from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember
 
-TASK_VERSION = 1
+TASK_VERSION = 2
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*", re.ASCII)
 _MOST_NAME = 200
-_MEMBER_TENSORS = ("weight", "bias", "gram", "metric", "weighted", "target", "output")
+_MEMBER_TENSORS = ("weight", "bias", "gram", "metric", "weighted", "target", "output", "row_scales")
 _NEEDED = ("weight",)
 _Made = TypeVar("_Made")
 
@@ -77,8 +77,9 @@ def task_data(task: FitTask, fingerprint: str) -> tuple[dict[str, Any], bytes]:
                 "metric_name": s.metric.name,
                 "weighted": key(s.metric.weighted),
                 "target": key(s.target),
-                "output": None if s.output is None else key(s.output.matrix),
-                "output_scale": None if s.output is None else s.output.scale,
+                "output": key(s.output.matrix) if isinstance(s.output, OutputMetric) else None,
+                "output_scale": s.output.scale if isinstance(s.output, OutputMetric) else None,
+                "row_scales": key(s.output.scales) if isinstance(s.output, RowScales) else None,
                 "with_spectrum": member.with_spectrum,
                 "n_tokens": s.n_tokens,
             }
@@ -156,7 +157,15 @@ def read_task(record_file: Path, tensor_file: Path) -> FitTask:
             (item.get("metric"), item.get("weighted")),
             InputMetric(str(item.get("metric_name")), parts["metric"], parts["weighted"]),
         )
-        output = None
+        output: OutputMetric | RowScales | None = None
+        if parts["row_scales"] is not None:
+            if not bool(
+                (parts["row_scales"] >= 1.0).all() & torch.isfinite(parts["row_scales"]).all()
+            ):
+                raise CheckpointError(
+                    f"{record_file}: row_scales: expected numbers of at least one"
+                )
+            output = RowScales(parts["row_scales"])
         if parts["output"] is not None:
             scale = item.get("output_scale")
             if not isinstance(scale, float) or not scale > 0.0:
@@ -206,6 +215,7 @@ def _check_shapes(parts: dict[str, torch.Tensor | None], path: Path) -> None:
         "weighted": square,
         "target": (None, (d_out, d_in)),
         "output": (torch.float64, (d_out, d_out)),
+        "row_scales": (torch.float64, (d_out,)),
     }
     for part, (dtype, shape) in expected.items():
         found = parts[part]
