@@ -1,10 +1,10 @@
-"""What the Fisher metric of the outputs is worth, matrix by matrix, on tokens that no fit has seen.
+"""What the metrics of the outputs are worth, matrix by matrix, on tokens that no fit has seen.
 
 usage: sensitivity.py MODEL CALIBRATION HELD_BACK OUT.json --cache DIR [--ratio 0.4] [--blocks 2,15,27] [--samples 64]
 
-Every linear of the given blocks is fitted as an augmented dictionary in the metric of its activations alone, and in
-that of its activations and outputs. Printed: relative output error on the calibration text, and the loss that the
-change of the weight causes to second order (`cospadi.calibration.probe`, nats per 1000 tokens) on windows of HELD_BACK.
+Every linear of the given blocks is fitted as an augmented dictionary with every `output_metric`. Printed: relative
+output error on the calibration text, and the loss that the change of the weight causes to second order
+(`cospadi.calibration.probe`, nats per 1000 tokens) on windows of HELD_BACK.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from cospadi.learn.budget import BF16
 from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.methods import factor_size
 from cospadi.learn.options import LearnOptions
+from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import StorageTypes
-from cospadi.learn.whitening import whiten_gram
+from cospadi.learn.whitening import Whitening, whiten_gram
 from cospadi.model.discover import discover, weight_of
 from cospadi.model.source import open_source
-from cospadi.pipeline.recipe import Recipe
+from cospadi.pipeline.recipe import OutputMetricKind, Recipe
 from cospadi.pipeline.sensitivity import fisher_metrics
 
-METRICS = ("activations", "outputs")
+METRICS: tuple[OutputMetricKind, ...] = ("none", "diagonal", "fisher")
 
 
 def main() -> None:
@@ -91,9 +92,19 @@ def main() -> None:
                     learned_share=args.learned_share,
                 )
                 settings = FitSettings("cospadi", size, StorageTypes(), LearnOptions())
-                metrics = {
-                    "activations": (plain, None),
-                    "outputs": fisher_metrics(fisher, by_name[name], item.gram, plain, Recipe()),
+                metrics: dict[str, tuple[Whitening, OutputMetric | RowScales | None]] = {
+                    "none": (plain, None),
+                    **{
+                        kind: fisher_metrics(
+                            fisher,
+                            by_name[name],
+                            item.gram,
+                            plain,
+                            Recipe(output_metric=kind),
+                            n_readers=len(item.members),
+                        )
+                        for kind in METRICS[1:]
+                    },
                 }
                 errors[name], changes[name] = {}, []
                 for label in METRICS:

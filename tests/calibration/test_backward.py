@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cospadi.calibration.backward import run_backwards
+from cospadi.calibration.blockwise import BlockwiseDecoder, BlockwiseError
 from cospadi.calibration.fisher import FisherStore, collect_fisher
 from cospadi.calibration.probe import measure_losses
 from cospadi.errors import InputError
@@ -69,6 +70,27 @@ def _labels(model, ids, seed):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "qwen3moe"])
+def test_block_by_block_and_as_a_whole_are_the_same(family, monkeypatch):
+    model = make_model(family).eval().requires_grad_(False)
+    names = [target.name for target in discover(model)[0]]
+    # several chunks of the head in every sequence
+    monkeypatch.setattr("cospadi.calibration.backward.HEAD_VALUES", 7 * VOCABULARY)
+    ids = token_ids(3, 24)
+    by_blocks = rows_of(model, names, ids, 3)
+
+    def refuse(self, _ids):
+        raise BlockwiseError("no")
+
+    monkeypatch.setattr(BlockwiseDecoder, "prepare", refuse)
+    whole = rows_of(model, names, ids, 3)
+    for name in names:
+        torch.testing.assert_close(by_blocks[name][0], whole[name][0], rtol=1e-5, atol=1e-6)
+        scale = float(whole[name][1].abs().max())
+        assert scale > 0.0
+        assert float((by_blocks[name][1] - whole[name][1]).abs().max()) < 1e-4 * scale
+
+
 def test_fisher_is_the_mean_outer_product(llama):
     model, targets = llama
     ids = token_ids()
@@ -118,6 +140,55 @@ def test_several_passes_give_the_same(llama):
     assert together.keys() == whole.matrices.keys()
     for name, matrix in whole.matrices.items():
         torch.testing.assert_close(together[name], matrix)
+
+
+@pytest.fixture
+def some_concentrated(monkeypatch):
+    """In a tiny model at random no gradient is concentrated but by another standard."""
+    monkeypatch.setattr("cospadi.calibration.fisher.CONCENTRATED", 0.6)
+
+
+def test_diagonals_are_those_of_the_matrices(llama, tmp_path, some_concentrated):
+    model, targets = llama
+    ids = token_ids()
+    (whole,) = collect_fisher(model, targets, ids, seed=3)
+    assert 0 < len(whole.weighted_grams) < len(targets)
+    (diagonals,) = collect_fisher(model, targets, ids, seed=3, is_diagonal=True)
+    for name, matrix in whole.matrices.items():
+        torch.testing.assert_close(diagonals.matrices[name], matrix.diagonal(), rtol=1e-4, atol=0.0)
+    assert diagonals.weighted_grams.keys() == whole.weighted_grams.keys()
+
+    store = FisherStore(tmp_path, model, ids, weights="w", seed=3, is_diagonal=True)
+    assert store.prepare(targets) > 0.0
+    assert store.prepare(targets) == 0.0
+    victims = sorted(tmp_path.iterdir())[:3]
+    victims[0].write_bytes(victims[0].read_bytes()[:-3])
+    content = bytearray(victims[1].read_bytes())
+    content[-40] ^= 1
+    victims[1].write_bytes(content)
+    assert store.prepare(targets) > 0.0
+    full = FisherStore(tmp_path, model, ids, weights="w", seed=3)
+    full.prepare(targets)
+    for target in targets:
+        torch.testing.assert_close(
+            store.load_diagonal(target).float(), whole.matrices[target.name].diagonal()
+        )
+        torch.testing.assert_close(full.load_diagonal(target), full.load(target).diagonal())
+        weighted = store.load_weighted_gram(target)
+        assert (weighted is not None) == (target.name in whole.weighted_grams)
+
+
+def test_passes_over_diagonals_are_planned_by_the_grams_of_their_inputs(llama, some_concentrated):
+    model, targets = llama
+    ids = token_ids()
+    (whole,) = collect_fisher(model, targets, ids, seed=3, is_diagonal=True)
+    bound = 4 * max(t.d_in for t in targets) ** 2
+    parts = list(collect_fisher(model, targets, ids, seed=3, is_diagonal=True, max_bytes=bound))
+    assert len(parts) > 1
+    for part in parts:
+        assert sum(4 * gram.numel() for gram in part.weighted_grams.values()) <= bound
+        for name, diagonal in part.matrices.items():
+            torch.testing.assert_close(diagonal, whole.matrices[name])
 
 
 def test_store_reads_what_it_wrote_and_repairs_what_was_damaged(llama, tmp_path):
@@ -185,7 +256,8 @@ def test_non_finite_gradient_names_the_module(llama):
     name = targets[-1].name
 
     def spoil(_module, _inputs, output):
-        output.register_hook(lambda gradient: gradient * float("nan"))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
 
     model.get_submodule(name).register_forward_hook(spoil)
     with pytest.raises(InputError, match=f"{name}: the gradient at its output is not finite"):

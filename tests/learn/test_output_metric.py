@@ -71,17 +71,18 @@ def test_bad_metric(fisher, shrinkage, match):
 
 def test_row_scales_are_the_roots_of_the_diagonal_to_the_next_power_of_two():
     diagonal = torch.tensor([1e-3, 1.0, 4.0, 250.0, 0.0], dtype=torch.float64)
-    fisher = torch.diag(diagonal) + 1e-4 * torch.ones(5, 5).double() * (1 - torch.eye(5))
-    scales = row_scales(fisher, "layer").scales
+    scales = row_scales(diagonal, "layer").scales
     assert float(scales.min()) == 1.0
     assert torch.equal(scales.log2(), scales.log2().round())
     share = metrics.DIAGONAL_SHRINKAGE
     wanted = ((1 - share) * diagonal / diagonal.mean() + share).sqrt()
     off = (scales / wanted).log2()
     assert float(off.max() - off.min()) <= 1.0 + 1e-9
-    assert row_scales(torch.zeros(4, 4), "layer") is None
+    assert row_scales(torch.zeros(4), "layer") is None
     with pytest.raises(InputError, match=r"layer: .*non-finite"):
-        row_scales(torch.full((3, 3), float("inf")), "layer")
+        row_scales(torch.full((3,), float("inf")), "layer")
+    with pytest.raises(InputError, match=r"layer: .*shape \(3, 3\), expected one dimension"):
+        row_scales(torch.eye(3), "layer")
 
 
 @pytest.mark.parametrize("n_atoms", [0, 5])

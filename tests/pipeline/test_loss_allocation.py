@@ -143,7 +143,7 @@ def test_overrides_keep_their_own_ratio(tiny_model_dir, tiny_text, tmp_path):
     assert min(removed) >= 0.5
 
 
-@pytest.mark.parametrize("metric", ["none", "fisher"])
+@pytest.mark.parametrize("metric", ["none", "diagonal", "fisher"])
 @pytest.mark.parametrize("bits", [2.5, 5.0])
 def test_widths_are_divided_by_loss(bits, metric, tiny_model_dir, tiny_text, tmp_path):
     events = []

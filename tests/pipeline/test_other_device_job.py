@@ -39,6 +39,7 @@ RECIPES = {
         "allocation": "loss",
         "backward_samples": 4,
     },
+    "diagonal": {"ratio": 0.3, "output_metric": "diagonal", "backward_samples": 4},
     "integers": {"bits": 4.25, "output_metric": "fisher", "backward_samples": 4},
     "reconstruction": {"ratio": 0.3, "reconstruction": "blockwise", "reconstruction_epochs": 1},
     "gptq": {"method": "gptq", "coeffs_dtype": "int4"},

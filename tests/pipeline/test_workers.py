@@ -45,6 +45,7 @@ def reference(tiny_model_dir, tiny_text, tmp_path_factory):
         ("gpt2", 1, {"dictionary": "learned", "iterations": 2, "group_size": 2}),
         ("llama", 2, {"sequential": True}),
         ("llama", 2, {"output_metric": "fisher", "backward_samples": 4}),
+        ("llama", 2, {"output_metric": "diagonal", "backward_samples": 4}),
     ],
 )
 def test_any_number_of_workers_gives_the_same_manifest(

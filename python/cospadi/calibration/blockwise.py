@@ -81,6 +81,7 @@ class BlockwiseDecoder:
         self.names = [name for name, _ in decoder_blocks(model)]
         self._decoder = decoder_with(model, self.blocks)
         self._calls: dict[tuple[int, int], list[_BlockCall]] = {}
+        self._beside: tuple[Any, ...] | None = None  # what blocks return behind hidden states
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -164,6 +165,44 @@ class BlockwiseDecoder:
             output = call.run(self.blocks[index] if block is None else block, hidden)
         return self._hidden_of(index, output)
 
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of the hidden states that leave its last block.
+
+        Parameters
+        ----------
+        hidden
+            [batch, length, features]; any positions of the tokens, since only the blocks know about them.
+        ids
+            Token ids [batch, length]; they do not enter the result.
+
+        Returns
+        -------
+        Tensor
+            [batch, length, vocabulary], with gradients where `hidden` has them.
+
+        Notes
+        -----
+        The model's own forward, with blocks that hand their input on; some batch has been prepared before.
+        """
+        beside, last = self._beside, len(self.names) - 1
+
+        def stand_in(index: int) -> Callable[..., object]:
+            def forward(*args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+                values = hidden if index == last else self._split_call(index, args, kwargs)[0]
+                return values if beside is None else (values, *beside)
+
+            return forward
+
+        blocks = self.blocks
+        try:
+            for index, block in enumerate(blocks):
+                block.forward = stand_in(index)
+            output: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+        return output
+
     def _record(self, ids: Tensor) -> list[_BlockCall]:
         calls: list[_BlockCall] = []
         order: list[int] = []
@@ -172,8 +211,12 @@ class BlockwiseDecoder:
             order.append(index)
             calls.append(self._split_call(index, args, kwargs)[1])
 
+        def returned(index: int, output: object) -> None:
+            self._hidden_of(index, output)
+            self._beside = output[1:] if isinstance(output, tuple) else None
+
         with ExitStack() as hooks:
-            self._hook_each(hooks, record, self._hidden_of)
+            self._hook_each(hooks, record, returned)
             run_forward(self._decoder, ids)
         if order != list(range(len(self.names))):
             raise self._unsupported(f"its {len(self.names)} blocks are called in the order {order}")

@@ -7,6 +7,9 @@ One safetensors file holds one distinct input::
     members            uint8: names of the modules that receive this input, JSON list in UTF-8
     sha256             uint8 [32]: of everything above, in file order, after the fingerprint
 
+A vector (the diagonal of a matrix that is too large to keep) has one tensor ``vector fp64 [length]`` in place of the
+panels.
+
 The values are those of an uncached run, bit for bit: fp64 loses nothing, the other half of G is its mirror, and the
 fingerprint names all that the bits depend on. Half of 8 d_in^2 bytes, and one pass of SHA-256, is the price.
 """
@@ -19,7 +22,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -283,38 +286,27 @@ class GramCache:
         -----
         Memory: the Gram and 256 of its rows. Nothing of the Gram is handed out before the whole file was checked.
         """
-        path = self.path(group.key)
-        header = read_header(path)
-        d_in = group.d_in
-        expected = {
-            **{name: (torch.float64, (stop - start, stop)) for name, start, stop in _panels(d_in)},
-            "n_tokens": (torch.int64, (1,)),
-            "sha256": (torch.uint8, (32,)),
-        }
-        names = [*expected, "members"]
-        if sorted(header) != sorted(names):
-            raise CheckpointError(f"{path}: expected the tensors of a Gram of {d_in} features")
-        for name, (dtype, shape) in expected.items():
-            if (header[name].dtype, header[name].shape) != (dtype, shape):
-                raise CheckpointError(f"{path}: {name} must be {dtype} {list(shape)}")
-        digest = hashlib.sha256(self._fingerprint.encode())
-        gram = torch.empty(d_in, d_in, dtype=torch.float64, device=device)
-        for name, start, stop in _panels(d_in):
-            rows = _hashed(header[name], name, digest)
+        gram = torch.empty(group.d_in, group.d_in, dtype=torch.float64, device=device)
+
+        def put(name: str, rows: Tensor) -> None:
+            start, stop = panels[name]
             gram[start:stop, :stop] = rows
             gram[:start, start:stop] = gram[start:stop, :start].T
-        n_tokens = int(_hashed(header["n_tokens"], "n_tokens", digest))
-        members = _hashed(header["members"], "members", digest)
-        stored_digest = bytes(read_tensor(header["sha256"], "sha256").tolist())
-        if stored_digest != digest.digest():
-            raise CheckpointError(f"{path}: the checksum does not fit: damaged, or of another run")
-        # after the checksum: these bytes are ours
-        shared = json.loads(bytes(members.tolist()))
+
+        panels = {name: (start, stop) for name, start, stop in _panels(group.d_in)}
+        shapes = {name: (stop - start, stop) for name, (start, stop) in panels.items()}
+        n_tokens, shared = self._read(self.path(group.key), shapes, put)
         if not set(group.members) <= set(shared):
             raise CheckpointError(
-                f"{path}: was stored for {', '.join(shared)}, wanted for {', '.join(group.members)}"
+                f"{self.path(group.key)}: was stored for {', '.join(shared)}, wanted for {', '.join(group.members)}"
             )
         return ActivationGram(gram, n_tokens, 0, list(group.members))
+
+    def read_vector(self, key: str, length: int) -> Tensor:
+        """The float64 ``[length]`` that `write_vector` stored; `CheckpointError` as `read`."""
+        found: list[Tensor] = []
+        self._read(self.path(key), {"vector": (length,)}, lambda _, values: found.append(values))
+        return found[0]
 
     def write(self, gram: ActivationGram) -> None:
         """Store a Gram under the name of its first member, completely or not at all.
@@ -324,11 +316,49 @@ class GramCache:
         OSError
             The disk refuses.
         """
-        path = self.path(gram.members[0])
+        panels = _panels(gram.gram.shape[0])
+        parts = {name: gram.gram[start:stop, :stop] for name, start, stop in panels}
+        self._store(gram.members, parts, gram.n_tokens)
+
+    def write_vector(self, key: str, vector: Tensor, n_tokens: int) -> None:
+        """Store a float64 vector under a name of its own; errors as `write`."""
+        self._store([key], {"vector": vector}, n_tokens)
+
+    def _read(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        put: Callable[[str, Tensor], object],
+    ) -> tuple[int, list[str]]:
+        """Hand the float64 tensors of a file out; its tokens and members, after the whole file was checked."""
+        header = read_header(path)
+        expected = {
+            **{name: (torch.float64, shape) for name, shape in shapes.items()},
+            "n_tokens": (torch.int64, (1,)),
+            "sha256": (torch.uint8, (32,)),
+        }
+        if sorted(header) != sorted([*expected, "members"]):
+            raise CheckpointError(f"{path}: expected the tensors {', '.join(expected)}, members")
+        for name, (dtype, shape) in expected.items():
+            if (header[name].dtype, header[name].shape) != (dtype, shape):
+                raise CheckpointError(f"{path}: {name} must be {dtype} {list(shape)}")
+        digest = hashlib.sha256(self._fingerprint.encode())
+        for name in shapes:
+            put(name, _hashed(header[name], name, digest))
+        n_tokens = int(_hashed(header["n_tokens"], "n_tokens", digest))
+        members = _hashed(header["members"], "members", digest)
+        stored_digest = bytes(read_tensor(header["sha256"], "sha256").tolist())
+        if stored_digest != digest.digest():
+            raise CheckpointError(f"{path}: the checksum does not fit: damaged, or of another run")
+        # after the checksum: these bytes are ours
+        return n_tokens, json.loads(bytes(members.tolist()))
+
+    def _store(self, members: Sequence[str], parts: Mapping[str, Tensor], n_tokens: int) -> None:
+        path = self.path(members[0])
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             with partial.open("wb") as file:
-                self._write(file.write, gram)
+                self._write(file.write, members, parts, n_tokens)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -336,15 +366,19 @@ class GramCache:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
-    def _write(self, write: Callable[[bytes], object], gram: ActivationGram) -> None:
-        d_in = gram.gram.shape[0]
-        members = json.dumps(gram.members).encode()
+    def _write(
+        self,
+        write: Callable[[bytes], object],
+        members: Sequence[str],
+        parts: Mapping[str, Tensor],
+        n_tokens: int,
+    ) -> None:
+        names = json.dumps(list(members)).encode()
         sizes: list[tuple[str, str, list[int], int]] = [
-            (name, "F64", [stop - start, stop], 8 * (stop - start) * stop)
-            for name, start, stop in _panels(d_in)
+            (name, "F64", list(part.shape), 8 * part.numel()) for name, part in parts.items()
         ]
         sizes.append(("n_tokens", "I64", [1], 8))
-        sizes.append(("members", "U8", [len(members)], len(members)))
+        sizes.append(("members", "U8", [len(names)], len(names)))
         sizes.append(("sha256", "U8", [32], 32))
         header: dict[str, object] = {}
         offset = 0
@@ -364,10 +398,10 @@ class GramCache:
             digest.update(content)
             write(content)
 
-        for _, start, stop in _panels(d_in):
-            put(_bytes(gram.gram[start:stop, :stop]))
-        put(struct.pack("<q", gram.n_tokens))
-        put(members)
+        for part in parts.values():
+            put(_bytes(part))
+        put(struct.pack("<q", n_tokens))
+        put(names)
         write(digest.digest())
 
 

@@ -16,6 +16,8 @@ other's, and both averages are dominated by the wrong tokens (three value projec
 20,000 tokens have as much gradient as would be even; the other projections looked at: a quarter of them or more). For
 such layers the two factors are the first step of the power iteration towards the best Kronecker approximation instead:
 ``mean |g|^2 x x^T`` and ``mean (x^T G x) g g^T`` (Tseng et al., arXiv 2505.22988, iterate on whole sequences).
+
+The diagonal of F alone is a thousandth of the memory, needs no matrix product, and is known from fewer tokens.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ class FisherPass:
     index, n_passes
         Number of this pass (from 0) and of all passes.
     matrices
-        ``F [d_out, d_out]`` float32 by module name: sum of ``g g^T`` over all tokens that reached the module, divided
-        by `n_tokens`; with weights ``x^T G x`` of mean one where the gradient is concentrated.
+        ``F [d_out, d_out]`` float32 by module name, or its diagonal ``[d_out]`` where that was asked for: sum of
+        ``g g^T`` over all tokens that reached the module, divided by `n_tokens`; with weights ``x^T G x`` of mean one
+        where the gradient is concentrated.
     weighted_grams
         ``[d_in, d_in]`` float32 sum of ``|g|^2 x x^T`` divided by `n_tokens`, of the modules where it is.
     n_tokens
@@ -72,6 +75,7 @@ def collect_fisher(
     ids: Tensor,
     *,
     seed: int = 0,
+    is_diagonal: bool = False,
     max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[FisherPass]:
@@ -87,6 +91,8 @@ def collect_fisher(
         Token ids [n_samples, length], integer.
     seed
         Of the labels drawn from the model.
+    is_diagonal
+        Whether diagonals are enough.
     max_bytes
         Bound on the matrices held at a time; above it the tokens are streamed several times. None means one pass, or on
         a GPU a quarter of its free memory.
@@ -109,7 +115,12 @@ def collect_fisher(
     if max_bytes is None and device.type == "cuda":
         max_bytes = torch.cuda.mem_get_info(device)[0] // 4
     # the planner counts fp64
-    passes = plan_passes([_group(t) for t in targets], None if max_bytes is None else 2 * max_bytes)
+    passes = plan_passes(
+        # beside its diagonal a matrix takes nothing, but the Gram of its input may be needed
+        [_group(t, t.d_in if is_diagonal else t.d_out) for t in targets],
+        None if max_bytes is None else 2 * max_bytes,
+    )
+    by_name = {target.name: target for target in targets}
 
     def offset(index: int) -> Progress | None:
         if progress is None:
@@ -118,7 +129,10 @@ def collect_fisher(
 
     for index, part in enumerate(passes):
         started = time.perf_counter()
-        found = {group.key: _Accumulator(group.d_in, device) for group in part}
+        found = {
+            group.key: _Accumulator(by_name[group.key].d_out, device, is_diagonal=is_diagonal)
+            for group in part
+        }
         observers: dict[str, GradientObserver] = {n: item.observe for n, item in found.items()}
         run_backwards(model, observers, ids, seed=seed, progress=offset(index))
         n_tokens = ids.numel()
@@ -136,8 +150,11 @@ def collect_fisher(
 class _Accumulator:
     """Sums over the tokens of one module; the first batch decides whether its gradient is concentrated."""
 
-    def __init__(self, d_out: int, device: torch.device | None = None) -> None:
-        self.matrix = torch.zeros((d_out, d_out), dtype=torch.float32, device=device)
+    def __init__(
+        self, d_out: int, device: torch.device | None = None, *, is_diagonal: bool = False
+    ) -> None:
+        shape = (d_out,) if is_diagonal else (d_out, d_out)
+        self.matrix = torch.zeros(shape, dtype=torch.float32, device=device)
         self.gram: Tensor | None = None
         self._started = False
 
@@ -151,12 +168,18 @@ class _Accumulator:
             if even < CONCENTRATED * rows.shape[0]:
                 self.gram = rows.new_zeros((rows.shape[1], rows.shape[1]))
         if self.gram is None:
-            self.matrix.addmm_(gradient.T, gradient)
+            self._add(gradient, gradient)
             return
         self.gram.addmm_((rows * energies[:, None]).T, rows)
         typical = ((rows @ (rows.T @ rows)) * rows).sum(1)
         typical /= typical.mean().clamp_min(1e-38)
-        self.matrix.addmm_((gradient * typical[:, None]).T, gradient)
+        self._add(gradient * typical[:, None], gradient)
+
+    def _add(self, weighted: Tensor, gradient: Tensor) -> None:
+        if self.matrix.ndim == 1:
+            self.matrix.add_((weighted * gradient).sum(0))
+        else:
+            self.matrix.addmm_(weighted.T, gradient)
 
 
 class FisherStore:
@@ -172,6 +195,8 @@ class FisherStore:
         What identifies the model's weights: ``SourceModel.fingerprint``.
     seed
         Of the labels.
+    is_diagonal
+        Whether only diagonals are collected and kept.
 
     Raises
     ------
@@ -180,11 +205,20 @@ class FisherStore:
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, ids: Tensor, *, weights: str, seed: int
+        self,
+        folder: Path,
+        model: nn.Module,
+        ids: Tensor,
+        *,
+        weights: str,
+        seed: int,
+        is_diagonal: bool = False,
     ) -> None:
         self._model, self._ids, self._seed = model, ids, seed
+        self._is_diagonal = is_diagonal
         fingerprint = gram_fingerprint(model, ids, weights=weights, batch_size=BATCH_TOKENS)
-        self._cache = GramCache(folder, f"fisher {seed} {fingerprint}")
+        kind = "fisher diagonal" if is_diagonal else "fisher"
+        self._cache = GramCache(folder, f"{kind} {seed} {fingerprint}")
 
     def prepare(
         self,
@@ -201,6 +235,7 @@ class FisherStore:
             missing,
             self._ids,
             seed=self._seed,
+            is_diagonal=self._is_diagonal,
             max_bytes=max_bytes,
             progress=progress,
         ):
@@ -212,12 +247,21 @@ class FisherStore:
                     key = _weighted_key(name)
                     self._cache.write(ActivationGram(gram, finished.n_tokens, 0, [key]))
                 matrix = finished.matrices.pop(name).double()
-                self._cache.write(ActivationGram(matrix, finished.n_tokens, 0, [name]))
+                if self._is_diagonal:
+                    self._cache.write_vector(name, matrix, finished.n_tokens)
+                else:
+                    self._cache.write(ActivationGram(matrix, finished.n_tokens, 0, [name]))
         return seconds
 
     def load(self, target: TargetLinear) -> Tensor:
-        """``F [d_out, d_out]`` float64 of a prepared target; `CheckpointError` if its file is damaged."""
-        return self._cache.read(_group(target), torch.device("cpu")).gram
+        """``F [d_out, d_out]`` float64 of a prepared target; `CheckpointError` if its file is damaged or absent."""
+        return self._cache.read(_group(target, target.d_out), torch.device("cpu")).gram
+
+    def load_diagonal(self, target: TargetLinear) -> Tensor:
+        """F's diagonal ``[d_out]`` float64 of a prepared target; errors as `load`."""
+        if self._is_diagonal:
+            return self._cache.read_vector(target.name, target.d_out)
+        return self.load(target).diagonal()
 
     def load_weighted_gram(self, target: TargetLinear) -> Tensor | None:
         """``[d_in, d_in]`` float64 Gram weighted by the gradient, of a target where that is concentrated, else None."""
@@ -228,19 +272,19 @@ class FisherStore:
         return self._cache.read(group, torch.device("cpu")).gram
 
     def _readable(self, target: TargetLinear) -> bool:
-        if not self._cache.holds(_group(target)):
+        if not self._cache.holds(_group(target, target.d_out)):
             return False
         try:
-            self.load(target)
+            self.load_diagonal(target)
             self.load_weighted_gram(target)
         except CheckpointError:
             return False
         return True
 
 
-def _group(target: TargetLinear) -> InputGroup:
-    """The target's output in the shape that the Gram cache and the planner of passes know."""
-    return InputGroup(target.name, (target.name,), target.d_out, target.block)
+def _group(target: TargetLinear, size: int) -> InputGroup:
+    """A matrix ``[size, size]`` of the target in the shape that the Gram cache and the planner of passes know."""
+    return InputGroup(target.name, (target.name,), size, target.block)
 
 
 def _weighted_key(name: str) -> str:

@@ -104,14 +104,32 @@ class RowScales:
     scales: torch.Tensor
 
 
-def row_scales(fisher: torch.Tensor, name: str) -> RowScales | None:
-    """Scales of rows from a Fisher matrix; arguments and errors as for `output_metric`.
+def row_scales(diagonal: torch.Tensor, name: str) -> RowScales | None:
+    """Scales of rows: roots of a Fisher matrix's diagonal, to the next powers of two.
 
-    They are the roots of its diagonal, of which a share of `DIAGONAL_SHRINKAGE` counts alike, to the next powers of
-    two.
+    Parameters
+    ----------
+    diagonal : torch.Tensor
+        ``[d_out]``, not negative; a share of `DIAGONAL_SHRINKAGE` of it counts alike for all outputs.
+    name : str
+        Module name, for messages.
+
+    Returns
+    -------
+    RowScales or None
+        None where no gradient ever reached the output.
+
+    Raises
+    ------
+    InputError
+        Not a vector, or not finite.
     """
-    fisher = _checked(fisher, name)
-    diagonal = fisher.diagonal()
+    if diagonal.ndim != 1:
+        raise InputError(
+            f"{name}: diagonal of a Fisher matrix has shape {tuple(diagonal.shape)}, expected one dimension"
+        )
+    _check_finite(diagonal, name)
+    diagonal = diagonal.double()
     mean = float(diagonal.mean())
     if mean <= 0.0:
         return None
@@ -144,7 +162,10 @@ def output_metric(
     InputError
         Not square or not finite; shrinkage out of range.
     """
-    fisher = _checked(fisher, name)
+    if fisher.ndim != 2 or fisher.shape[0] != fisher.shape[1]:
+        raise InputError(f"{name}: Fisher matrix has shape {tuple(fisher.shape)}, expected square")
+    _check_finite(fisher, name)
+    fisher = fisher.double()
     if not 0.0 < shrinkage <= 1.0:
         raise InputError(f"shrinkage: expected a share above 0 and up to 1, got {shrinkage!r}")
     scale = float(fisher.diagonal().mean())
@@ -155,12 +176,9 @@ def output_metric(
     return OutputMetric(matrix, scale)
 
 
-def _checked(fisher: torch.Tensor, name: str) -> torch.Tensor:
-    if fisher.ndim != 2 or fisher.shape[0] != fisher.shape[1]:
-        raise InputError(f"{name}: Fisher matrix has shape {tuple(fisher.shape)}, expected square")
+def _check_finite(fisher: torch.Tensor, name: str) -> None:
     if not bool(torch.isfinite(fisher).all()):
         raise InputError(f"{name}: the Fisher matrix holds non-finite values")
-    return fisher.double()
 
 
 def _unit_outputs(metric: torch.Tensor) -> UnitOutputs:

@@ -13,7 +13,7 @@ from cospadi.learn.widths import AUTO, integer_ratios, kept_bits, removed_share
 from cospadi.model.discover import TargetLinear
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.loss_curves import CURVE_BITS, loss_curves
-from cospadi.pipeline.plan import module_settings
+from cospadi.pipeline.plan import without_override
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.workdir import WorkDir
 
@@ -88,8 +88,7 @@ def allocate_ratios(
     """
     start = time.perf_counter()
     recipe = grams.recipe
-    plain = module_settings("", dataclasses.replace(recipe, overrides=()))
-    taking_part = [t for t in targets if module_settings(t.name, recipe) == plain]
+    taking_part = without_override(targets, recipe)
     curves = loss_curves(grams, fisher, taking_part, work)
     taking_part = [t for t in taking_part if t.name in curves]
     if not taking_part:

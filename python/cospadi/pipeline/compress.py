@@ -279,7 +279,7 @@ def _run(
     if by_similarity:
         groups = groups_by_similarity(source, targets, recipe, grams)
         stages.end("search for similar layers")
-    if grams is not None and recipe.output_metric == "fisher":
+    if grams is not None and recipe.output_metric != "none":
         fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
         stages.end("gradients of the outputs")
     if grams is not None and recipe.allocation == "loss":

@@ -154,7 +154,12 @@ class Job:
                 item = items.pop(next(iter(items)))
                 metric = InputMetric(item.members[0], item.gram if uses_text else None)
                 for name in item.members:
-                    self._take(name, self._statistics(name, item.gram, metric, item.n_tokens))
+                    self._take(
+                        name,
+                        self._statistics(
+                            name, item.gram, metric, item.n_tokens, n_readers=len(item.members)
+                        ),
+                    )
 
     def _statistics(
         self,
@@ -163,12 +168,14 @@ class Job:
         metric: InputMetric,
         n_tokens: int,
         target: torch.Tensor | None = None,
+        *,
+        n_readers: int,
     ) -> Statistics:
         """Statistics with what the gradients of the module's output say."""
         output = None
         if self.fisher is not None and metric.gram is not None:
             weighted, output = fisher_grams(
-                self.fisher, self.targets[name], metric.gram, self.recipe
+                self.fisher, self.targets[name], metric.gram, self.recipe, n_readers=n_readers
             )
             if weighted is not None:
                 metric = InputMetric(name, metric.gram, weighted)
@@ -242,6 +249,7 @@ class Job:
                 sequential_target(
                     weight, moments.gram, moments.cross, 1.0 if shrinkage is None else shrinkage
                 ),
+                n_readers=len(item.members),
             )
             for name, weight in weights.items()
         }

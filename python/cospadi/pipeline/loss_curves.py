@@ -194,7 +194,12 @@ def _coarse_fits(
                 metric, output = whitening, None
                 if fisher is not None:
                     metric, output = fisher_metrics(
-                        fisher, pending[name], gram, whitening, grams.recipe
+                        fisher,
+                        pending[name],
+                        gram,
+                        whitening,
+                        grams.recipe,
+                        n_readers=len(item.members),
                     )
                 weight = weight_of(grams.source.model, pending[name])[0].to(grams.device)
                 given = FitInput(name, weight, None, gram, metric, output=output)

@@ -232,8 +232,7 @@ def sharing_runs(targets: Sequence[TargetLinear], recipe: Recipe) -> list[list[s
 
 def _dealt_ratios(targets: Sequence[TargetLinear], recipe: Recipe) -> dict[str, float]:
     """Removed shares of the linears without an override whose integers make up the recipe's ratio together."""
-    plain = module_settings("", replace(recipe, overrides=()))
-    own = [target for target in targets if module_settings(target.name, recipe) == plain]
+    own = without_override(targets, recipe)
     dealt = deal_bits([(t.d_in, t.d_out) for t in own], kept_bits(recipe.ratio))
     return {target.name: removed_share(bits) for target, bits in zip(own, dealt, strict=True)}
 
@@ -314,6 +313,12 @@ def module_settings(
             k_over_s = override.k_over_s if override.k_over_s is not None else k_over_s
             is_dense = override.dense
     return ratio, k_over_s, is_dense
+
+
+def without_override(targets: Sequence[TargetLinear], recipe: Recipe) -> list[TargetLinear]:
+    """Targets that no override sets apart: they share the recipe's budget."""
+    plain = module_settings("", replace(recipe, overrides=()))
+    return [target for target in targets if module_settings(target.name, recipe) == plain]
 
 
 def _matches(override: Override, name: str) -> bool:

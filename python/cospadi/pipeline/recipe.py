@@ -24,7 +24,7 @@ RECIPE_VERSION = 1
 
 Grouping = Literal["position", "similarity"]
 
-OutputMetricKind = Literal["none", "fisher"]
+OutputMetricKind = Literal["none", "diagonal", "fisher"]
 
 Allocation = Literal["uniform", "loss"]
 
@@ -119,10 +119,11 @@ class Recipe:
         (`cospadi.pipeline.allocation`; dictionaries with identity atoms only).
     allocation_reach : float
         How far a linear's share may lie from `ratio`.
-    output_metric : {"none", "fisher"}
+    output_metric : {"none", "diagonal", "fisher"}
         How errors of different outputs of a layer count: alike, or by what they do to the model's prediction
-        (`cospadi.learn.output_metric`; dictionaries with identity atoms only). Where floating-point weights have more
-        outputs than inputs, each output by itself.
+        (`cospadi.learn.output_metric`; dictionaries with identity atoms only). ``diagonal``: each output by itself,
+        which costs the fits nothing; ``fisher``: together, but where floating-point weights have more outputs than
+        inputs.
     backward_samples : int
         Calibration windows that are also run backwards, for the output metric and for the allocation.
     reconstruction : {"none", "blockwise"}

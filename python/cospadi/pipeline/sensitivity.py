@@ -21,7 +21,7 @@ PLAIN_SHARE = 0.5
 
 
 def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: Path) -> FisherStore:
-    """Collect the Fisher matrices of all targets' outputs that `folder` does not hold yet.
+    """Collect the Fisher matrices of all targets' outputs, or their diagonals, that `folder` does not hold yet.
 
     Parameters
     ----------
@@ -41,6 +41,7 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
             grams.calibration.ids[: recipe.backward_samples],
             weights=grams.source.fingerprint,
             seed=recipe.seed,
+            is_diagonal=recipe.output_metric == "diagonal",
         )
         seconds = store.prepare(
             targets,
@@ -57,6 +58,8 @@ def fisher_metrics(
     gram: torch.Tensor,
     whitening: Whitening,
     recipe: Recipe,
+    *,
+    n_readers: int,
 ) -> tuple[Whitening, OutputMetric | RowScales | None]:
     """Metrics of a target's inputs and outputs.
 
@@ -72,13 +75,15 @@ def fisher_metrics(
         Of it.
     recipe : Recipe
         Settings of the fit that they are for.
+    n_readers : int
+        Targets that receive this input.
 
     Returns
     -------
     (Whitening, OutputMetric, RowScales or None)
         The first is that of the activation Gram, except where a few tokens carry the gradient: there they weigh more.
     """
-    mixed, output = fisher_grams(fisher, target, gram, recipe)
+    mixed, output = fisher_grams(fisher, target, gram, recipe, n_readers=n_readers)
     if mixed is None:
         return whitening, output
     try:
@@ -88,23 +93,38 @@ def fisher_metrics(
 
 
 def fisher_grams(
-    fisher: FisherStore, target: TargetLinear, gram: torch.Tensor, recipe: Recipe
+    fisher: FisherStore,
+    target: TargetLinear,
+    gram: torch.Tensor,
+    recipe: Recipe,
+    *,
+    n_readers: int,
 ) -> tuple[torch.Tensor | None, OutputMetric | RowScales | None]:
     """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient; output metric.
 
-    Both lie on the device of `gram`. A weight with more outputs than inputs has scales of its rows in place of the
-    metric: beside its diagonal such an F is noise, and more than half of a fit's time (docs/results.md). Integers keep
-    the metric, in which their rounding errors answer each other.
+    Both lie on the device of `gram`. With ``output_metric: fisher`` a weight with more outputs than inputs has scales
+    of its rows in place of the metric: beside its diagonal such an F is noise, and more than half of a fit's time
+    (docs/results.md). Integers keep the metric, in which their rounding errors answer each other.
+
+    With ``output_metric: diagonal`` there are scales alone, and not for weights that write to the residual stream,
+    which they do not help: those are told by being the only reader of their input (q, k, v share theirs, gate and up
+    do) and having no more outputs than inputs. Integers have no scales: their rows are rounded each by itself.
     """
-    matrix = fisher.load(target).to(gram.device)
     is_rounded = recipe.coeffs_dtype is not None and recipe.coeffs_dtype not in STORAGE_DTYPES
+    is_wide = target.d_out > target.d_in
     output: OutputMetric | RowScales | None
-    if target.d_out > target.d_in and not is_rounded:
-        output = row_scales(matrix, target.name)
+    if recipe.output_metric == "diagonal":
+        if n_readers < 2 and not is_wide:
+            return None, None
+        output = row_scales(fisher.load_diagonal(target).to(gram.device), target.name)
+    elif is_wide and not is_rounded:
+        output = row_scales(fisher.load_diagonal(target).to(gram.device), target.name)
     else:
-        output = output_metric(matrix, target.name)
-    weighted = fisher.load_weighted_gram(target)
-    if output is None or weighted is None:
+        output = output_metric(fisher.load(target).to(gram.device), target.name)
+    weighted = None if output is None else fisher.load_weighted_gram(target)
+    if is_rounded and isinstance(output, RowScales):
+        output = None
+    if weighted is None:
         return None, output
     weighted = weighted.to(gram.device)
     share = float(gram.diagonal().mean() / weighted.diagonal().mean())

@@ -11,7 +11,7 @@ from cospadi.errors import InputError
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.budget import VALUE_BITS
 from cospadi.model.discover import Skipped, TargetLinear
-from cospadi.pipeline.plan import make_plan, module_settings
+from cospadi.pipeline.plan import make_plan, without_override
 from cospadi.pipeline.recipe import Recipe
 
 HEADER_BYTES = 160
@@ -45,8 +45,7 @@ def with_ratio_for_size(
     values = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     headers = HEADER_BYTES * (len(list(model.parameters())) + 3 * len(targets))
     rest = width * (values - weights) + headers
-    plain = module_settings("", dataclasses.replace(recipe, overrides=()))
-    apart = {t.name for t in targets if module_settings(t.name, recipe) != plain}
+    apart = {t.name for t in targets} - {t.name for t in without_override(targets, recipe)}
     if apart:
         plan = make_plan(targets, skipped, recipe)
         planned = {m.name: m.spec.stored_bits // 8 for m in plan.modules}
