@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cospadi.calibration.fisher import collect_fisher
+from cospadi.calibration.probe import measure_losses
 from cospadi.calibration.statistics import collect_grams
 from cospadi.calibration.streamed import HiddenStates, collect_streamed_grams
 from cospadi.errors import InputError
@@ -52,6 +54,72 @@ def test_grams_have_the_bits_of_the_loaded_model(
         assert torch.equal(gram.gram, found[key].gram), key
         assert (gram.members, gram.n_tokens) == (found[key].members, found[key].n_tokens)
     assert list(tmp_path.iterdir()) == []
+
+
+def fisher_of(model, targets, ids, **options):
+    found, grams = {}, {}
+    for finished in collect_fisher(model, targets, ids, seed=3, **options):
+        found |= finished.matrices
+        grams |= finished.weighted_grams
+    return found, grams
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("is_diagonal", [False, True])
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_gradients_have_the_bits_of_the_loaded_model(
+    family, is_diagonal, is_bounded, tiny_model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cospadi.calibration.fisher.CONCENTRATED", 0.6)
+    monkeypatch.setattr("cospadi.calibration.backward.BATCH_TOKENS", 100)  # two samples and one
+    monkeypatch.setattr("cospadi.calibration.backward.HEAD_VALUES", 20 * 384)
+    ids = torch.randint(2, 380, (5, 48), generator=torch.Generator().manual_seed(0))
+    loaded, streamed = open_source(tiny_model_dir(family)), open_streamed(tiny_model_dir(family))
+    targets, _ = discover(loaded.model)
+    largest = 4 * max(t.d_in if is_diagonal else t.d_out for t in targets) ** 2
+    options = {"is_diagonal": is_diagonal, "max_bytes": largest if is_bounded else None}
+    expected, expected_grams = fisher_of(loaded.model, targets, ids, is_diagonal=is_diagonal)
+    steps = []
+    found, grams = fisher_of(
+        streamed,
+        targets,
+        ids,
+        folder=tmp_path,
+        progress=lambda done, total: steps.append((done, total)),
+        **options,
+    )
+    assert found.keys() == expected.keys()
+    assert grams.keys() == expected_grams.keys()
+    for name, matrix in expected.items():
+        assert float(matrix.abs().max()) > 0.0
+        assert torch.equal(found[name], matrix), name
+    for name, gram in expected_grams.items():
+        assert torch.equal(grams[name], gram), name
+    assert steps == sorted(steps)
+    assert list(tmp_path.iterdir()) == []
+    assert all(p.is_meta for p in streamed.model.parameters())
+
+
+def test_gradients_of_some_blocks_only(tiny_model_dir, tmp_path):
+    ids = torch.randint(2, 380, (2, 48), generator=torch.Generator().manual_seed(0))
+    loaded, streamed = open_source(tiny_model_dir("llama")), open_streamed(tiny_model_dir("llama"))
+    last = [t for t in discover(loaded.model)[0] if t.block == 1][2:4]
+    expected, _ = fisher_of(loaded.model, last, ids)
+    found, _ = fisher_of(streamed, last, ids, folder=tmp_path)
+    assert found.keys() == expected.keys() == {t.name for t in last}
+    changes = {t.name: [torch.ones(t.d_out, t.d_in)] for t in last}
+    losses = measure_losses(loaded.model, changes, ids, seed=2)
+    assert measure_losses(streamed, changes, ids, seed=2, folder=tmp_path) == losses
+    assert min(value for (value,) in losses.values()) > 0.0
+
+
+def test_a_folder_that_cannot_hold_hidden_states(tiny_model_dir, tmp_path):
+    ids = torch.randint(2, 380, (2, 48), generator=torch.Generator().manual_seed(0))
+    streamed = open_streamed(tiny_model_dir("llama"))
+    targets, _ = discover(streamed.model)
+    with pytest.raises(InputError, match="missing: cannot hold"):
+        fisher_of(streamed, targets, ids, folder=tmp_path / "missing")
+    assert all(p.is_meta for p in streamed.model.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cospadi
 from cospadi.checkpoint.manifest import MANIFEST_FILE
@@ -71,6 +72,25 @@ def test_shards_are_those_of_a_loaded_run(tiny_model_dir, tiny_text, tmp_path, m
     assert torch.isfinite(model(torch.arange(2, 20)[None]).logits).all()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_metric": "diagonal"},
+        {"output_metric": "fisher", "allocation": "loss"},
+        {"output_metric": "fisher", "sequence_length": 16, "backward_samples": 70, "samples": 80},
+    ],
+)
+def test_gradients_of_a_streamed_model_give_the_same_manifest(
+    settings, tiny_model_dir, tiny_text, tmp_path
+):
+    given = {**FAST, "calibration": str(tiny_text), "backward_samples": 3, **settings}
+    for name in ("loaded", "streamed"):
+        compress(tiny_model_dir("llama"), tmp_path / name, spill=name == "streamed", **given)
+    assert (tmp_path / "loaded" / MANIFEST_FILE).read_bytes() == (
+        tmp_path / "streamed" / MANIFEST_FILE
+    ).read_bytes()
+
+
 def test_a_sharded_source_is_streamed(tiny_model_dir, tiny_text, tmp_path):
     from cospadi.model.source import open_source
 
@@ -130,7 +150,6 @@ def test_a_bound_that_cannot_be_kept_names_the_least(tiny_model_dir, tmp_path):
     ("settings", "reason"),
     [
         ({"sequential": True}, "sequential True"),
-        ({"output_metric": "fisher"}, "output_metric fisher"),
         ({"reconstruction": "blockwise"}, "reconstruction blockwise"),
         ({"group_size": 2, "dictionary": "learned"}, "group_size 2"),
     ],
@@ -195,6 +214,66 @@ def test_fits_stay_within_the_estimate(d_in, d_out, settings):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= fit_bytes(d_in, d_out)
+
+
+GRADIENTS = """
+import sys, torch
+from pathlib import Path
+from cospadi.calibration.fisher import FisherStore
+from cospadi.model.discover import discover
+from cospadi.model.source import open_source
+from cospadi.model.streamed import open_streamed
+from cospadi.pipeline.memory import bound_heap, estimate, possible_layouts
+from cospadi.pipeline.plan import make_plan
+from cospadi.pipeline.recipe import Recipe
+
+def status(key):
+    return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1])
+
+bound_heap()
+torch.set_num_threads(1)
+folder, is_streamed, metric = Path(sys.argv[1]), sys.argv[2] == "streamed", sys.argv[3]
+source = open_streamed(folder) if is_streamed else open_source(folder)
+targets, skipped = discover(source.model)
+recipe = Recipe(output_metric=metric, backward_samples=2, samples=2, sequence_length=1024)
+plan = make_plan(targets, skipped, recipe)
+layout = next(
+    found
+    for found in possible_layouts(targets, recipe, spill=is_streamed, is_streamable=is_streamed)
+    if found.is_streamed == is_streamed
+)
+needs = estimate(source.model, targets, plan, recipe, layout)
+ids = torch.randint(2, source.model.config.vocab_size, (2, 1024))
+before = status("RssAnon")
+open("/proc/self/clear_refs", "w").write("5")
+model = source if is_streamed else source.model
+store = FisherStore(folder, model, ids, weights="w", seed=1, is_diagonal=metric == "diagonal", spill=folder)
+store.prepare(targets)
+names = [name for name in needs.stages if name.startswith("gradients")]
+weights = 0 if is_streamed else sum(4 * p.numel() for p in source.model.parameters())
+print(status("VmHWM") - status("RssFile") - before, max(needs.stages[n] for n in names) - weights)
+"""
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "fisher"])
+@pytest.mark.parametrize("way", ["loaded", "streamed"])
+def test_gradients_stay_within_the_estimate(way, metric, tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    config = LlamaConfig.from_pretrained(folder)
+    config.update(
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "head_dim": 32}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 1024}
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", GRADIENTS, str(folder), way, metric],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, bound = map(int, done.stdout.split())
+    assert bound / 6 < peak <= bound
 
 
 def test_a_streamed_model_never_lies_in_memory_as_a_whole(tiny_model_dir, tmp_path):

@@ -24,7 +24,7 @@ from cospadi.errors import InputError
 BATCH_TOKENS = 1024
 """Tokens per backward pass."""
 
-HEAD_VALUES = 1 << 25
+HEAD_VALUES = 1 << 23
 """Logits at a time."""
 
 LARGE_VOCABULARY = 1 << 18

@@ -34,8 +34,10 @@ from cospadi.calibration.backward import BATCH_TOKENS, GradientObserver, run_bac
 from cospadi.calibration.cache import GramCache, gram_fingerprint
 from cospadi.calibration.capture import InputGroup
 from cospadi.calibration.statistics import ActivationGram, Progress, plan_passes
-from cospadi.errors import CheckpointError
+from cospadi.calibration.streamed_backward import StreamedBackward
+from cospadi.errors import CheckpointError, InputError
 from cospadi.model.discover import TargetLinear
+from cospadi.model.streamed import StreamedSource
 
 CONCENTRATED = 0.1
 """A gradient is concentrated where less than this share of the tokens, if they were even, would have as much of it."""
@@ -70,13 +72,14 @@ class FisherPass:
 
 
 def collect_fisher(
-    model: nn.Module,
+    model: nn.Module | StreamedSource,
     targets: Sequence[TargetLinear],
     ids: Tensor,
     *,
     seed: int = 0,
     is_diagonal: bool = False,
     max_bytes: int | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[FisherPass]:
     """Run tokens forwards and backwards through the model and collect the Fisher matrices of the targets' outputs.
@@ -84,7 +87,7 @@ def collect_fisher(
     Parameters
     ----------
     model
-        Causal language model with frozen parameters.
+        Causal language model with frozen parameters, or one in files (`StreamedBackward`): to the same bits.
     targets
         Layers whose outputs are wanted.
     ids
@@ -96,6 +99,8 @@ def collect_fisher(
     max_bytes
         Bound on the matrices held at a time; above it the tokens are streamed several times. None means one pass, or on
         a GPU a quarter of its free memory.
+    folder
+        Existing folder for the hidden states of a model in files.
     progress
         Called with (finished batches, all batches of all passes).
 
@@ -107,20 +112,21 @@ def collect_fisher(
     Raises
     ------
     InputError
-        A gradient is not finite (names the module), ids do not fit the model, or one matrix exceeds `max_bytes`.
+        A gradient is not finite (names the module), ids do not fit the model, one matrix exceeds `max_bytes`, or
+        `folder` cannot hold the hidden states.
     """
     if not targets:
+        return
+    if isinstance(model, StreamedSource):
+        assert folder is not None
+        yield from _collect_streamed(
+            model, targets, ids, seed, is_diagonal, max_bytes, folder, progress
+        )
         return
     device = next(model.parameters()).device
     if max_bytes is None and device.type == "cuda":
         max_bytes = torch.cuda.mem_get_info(device)[0] // 4
-    # the planner counts fp64
-    passes = plan_passes(
-        # beside its diagonal a matrix takes nothing, but the Gram of its input may be needed
-        [_group(t, t.d_in if is_diagonal else t.d_out) for t in targets],
-        None if max_bytes is None else 2 * max_bytes,
-    )
-    by_name = {target.name: target for target in targets}
+    passes = _passes(targets, is_diagonal, max_bytes)
 
     def offset(index: int) -> Progress | None:
         if progress is None:
@@ -128,23 +134,81 @@ def collect_fisher(
         return lambda done, total: progress(index * total + done, len(passes) * total)
 
     for index, part in enumerate(passes):
-        started = time.perf_counter()
-        found = {
-            group.key: _Accumulator(by_name[group.key].d_out, device, is_diagonal=is_diagonal)
-            for group in part
+        sums = _Sums(part, device, is_diagonal=is_diagonal)
+        run_backwards(model, sums.observers, ids, seed=seed, progress=offset(index))
+        yield sums.finished(index, len(passes), ids.numel())
+        del sums
+
+
+def _collect_streamed(
+    source: StreamedSource,
+    targets: Sequence[TargetLinear],
+    ids: Tensor,
+    seed: int,
+    is_diagonal: bool,
+    max_bytes: int | None,
+    folder: Path,
+    progress: Progress | None,
+) -> Iterator[FisherPass]:
+    """Matrices of the last block first; a block whose matrices are too many at a time runs several times."""
+    outside = next((target.name for target in targets if target.block is None), None)
+    if outside is not None:
+        raise InputError(f"{outside} lies outside the decoder blocks: ignore it")
+    passes = {
+        index: _passes([t for t in targets if t.block == index], is_diagonal, max_bytes)
+        for index in {target.block for target in targets}
+    }
+    first, n_passes, n_done = min(i or 0 for i in passes), sum(map(len, passes.values())), 0
+    with StreamedBackward(source, ids, seed=seed, folder=folder, progress=progress) as backward:
+        for index in range(backward.n_blocks - 1, first - 1, -1):
+            parts = passes.get(index, [[]])
+            for number, part in enumerate(parts):
+                sums = _Sums(part, torch.device("cpu"), is_diagonal=is_diagonal)
+                backward.run(sums.observers, moves_on=number == len(parts) - 1 and index > first)
+                if part:
+                    yield sums.finished(n_done, n_passes, ids.numel())
+                    n_done += 1
+                del sums
+
+
+def _passes(
+    targets: Sequence[TargetLinear], is_diagonal: bool, max_bytes: int | None
+) -> list[list[TargetLinear]]:
+    """Targets whose matrices are held at a time."""
+    by_name = {target.name: target for target in targets}
+    passes = plan_passes(
+        # beside its diagonal a matrix takes nothing, but the Gram of its input may be needed
+        [_group(t, t.d_in if is_diagonal else t.d_out) for t in targets],
+        None if max_bytes is None else 2 * max_bytes,  # the planner counts fp64
+    )
+    return [[by_name[group.key] for group in part] for part in passes]
+
+
+class _Sums:
+    """Of the targets of a pass."""
+
+    def __init__(
+        self, targets: Sequence[TargetLinear], device: torch.device, *, is_diagonal: bool
+    ) -> None:
+        self._started = time.perf_counter()
+        self._found = {
+            t.name: _Accumulator(t.d_out, device, is_diagonal=is_diagonal) for t in targets
         }
-        observers: dict[str, GradientObserver] = {n: item.observe for n, item in found.items()}
-        run_backwards(model, observers, ids, seed=seed, progress=offset(index))
-        n_tokens = ids.numel()
-        yield FisherPass(
+
+    @property
+    def observers(self) -> dict[str, GradientObserver]:
+        return {name: item.observe for name, item in self._found.items()}
+
+    def finished(self, index: int, n_passes: int, n_tokens: int) -> FisherPass:
+        found = self._found
+        return FisherPass(
             index,
-            len(passes),
+            n_passes,
             {name: item.matrix.div_(n_tokens) for name, item in found.items()},
             {n: item.gram.div_(n_tokens) for n, item in found.items() if item.gram is not None},
             n_tokens,
-            time.perf_counter() - started,
+            time.perf_counter() - self._started,
         )
-        del found, observers
 
 
 class _Accumulator:
@@ -197,6 +261,8 @@ class FisherStore:
         Of the labels.
     is_diagonal
         Whether only diagonals are collected and kept.
+    spill
+        `folder` of `collect_fisher`.
 
     Raises
     ------
@@ -207,16 +273,24 @@ class FisherStore:
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
+        model: nn.Module | StreamedSource,
         ids: Tensor,
         *,
         weights: str,
         seed: int,
         is_diagonal: bool = False,
+        spill: Path | None = None,
     ) -> None:
-        self._model, self._ids, self._seed = model, ids, seed
+        self._model, self._ids, self._seed, self._spill = model, ids, seed, spill
         self._is_diagonal = is_diagonal
-        fingerprint = gram_fingerprint(model, ids, weights=weights, batch_size=BATCH_TOKENS)
+        is_streamed = isinstance(model, StreamedSource)
+        fingerprint = gram_fingerprint(
+            model.model if isinstance(model, StreamedSource) else model,
+            ids,
+            weights=weights,
+            batch_size=BATCH_TOKENS,
+            device=torch.device("cpu") if is_streamed else None,
+        )
         kind = "fisher diagonal" if is_diagonal else "fisher"
         self._cache = GramCache(folder, f"{kind} {seed} {fingerprint}")
 
@@ -237,6 +311,7 @@ class FisherStore:
             seed=self._seed,
             is_diagonal=self._is_diagonal,
             max_bytes=max_bytes,
+            folder=self._spill,
             progress=progress,
         ):
             seconds += finished.seconds

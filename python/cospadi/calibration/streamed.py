@@ -57,7 +57,7 @@ class HiddenStates:
     """
 
     def __init__(self, shape: tuple[int, int, int], folder: Path | None) -> None:
-        self._shape = shape
+        self.shape = shape
         self._memory: Tensor | None = None
         self._row_bytes = 4 * shape[1] * shape[2]
         if folder is None:
@@ -74,7 +74,7 @@ class HiddenStates:
         """Return a copy of some samples, which the caller may write to."""
         if self._memory is not None:
             return self._memory[part].clone()
-        values = torch.empty((part.stop - part.start, *self._shape[1:]), dtype=torch.float32)
+        values = torch.empty((part.stop - part.start, *self.shape[1:]), dtype=torch.float32)
         view = values.numpy().data.cast("B")
         position, done = part.start * self._row_bytes, 0
         while done < len(view):
@@ -104,7 +104,7 @@ class HiddenStates:
         self._memory = torch.empty(0)
 
     def _refused(self, error: OSError) -> InputError:
-        n_bytes = self._row_bytes * self._shape[0]
+        n_bytes = self._row_bytes * self.shape[0]
         return InputError(
             f"folder {self._folder}: cannot hold {n_bytes} bytes of hidden states: {error.strerror or error}"
         )
@@ -282,7 +282,7 @@ def _collect(
     with decoder.outside_of_blocks():
         for batch in (probe, ids[parts[0]], ids[parts[-1]]):
             decoder.prepare(batch)
-        hidden = _embedded(decoder, ids, parts, folder)
+        hidden = embedded(decoder, ids, parts, folder)
     last = max(target.block or 0 for target in targets)
     seconds = time.perf_counter() - started
     try:
@@ -303,9 +303,10 @@ def _collect(
         hidden.close()
 
 
-def _embedded(
+def embedded(
     decoder: StreamedDecoder, ids: Tensor, parts: Sequence[slice], folder: Path | None
 ) -> HiddenStates:
+    """What enters the first block, for parts that cover all of ``ids [n_samples, length]``."""
     hidden = None
     for part in parts:
         values = decoder.first_hidden(ids[part])

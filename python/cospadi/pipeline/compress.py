@@ -271,7 +271,15 @@ def _run(
         layout = needs.layout if needs is not None else None
         spill = work.path if layout is not None and layout.is_spilled else None
         grams = GramSource(
-            source, calibration, recipe, folder and Path(folder), log, layout, spill, device
+            source,
+            calibration,
+            recipe,
+            folder and Path(folder),
+            log,
+            layout,
+            spill,
+            device,
+            work.path,
         )
         if recipe.reconstruction == "blockwise":
             check_blockwise(grams)

@@ -8,6 +8,11 @@ below are its rates, relative to a float32 product of the same run (docs/scaling
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
+from cospadi.model.discover import TargetLinear
 from cospadi.pipeline.plan import ModulePlan
 from cospadi.pipeline.recipe import Recipe
 
@@ -77,3 +82,9 @@ def fit_flops(module: ModulePlan, recipe: Recipe) -> float:
         # steps of a pursuit wait for memory: taken as four operations for each (not measured)
         one += 4.0 * 2.0 * d_out * module.n_atoms * module.sparsity**2
     return size * OTHER_FACTOR + turns * one
+
+
+def embedding_width(model: nn.Module, targets: Sequence[TargetLinear]) -> int:
+    """Features of the hidden states."""
+    width = max(t.d_in for t in targets)
+    return int(getattr(model.get_input_embeddings(), "embedding_dim", width))  # type: ignore[operator]

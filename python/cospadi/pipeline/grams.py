@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cospadi.calibration.cache import collect_cached_grams
 from cospadi.calibration.data import CalibrationSet
+from cospadi.calibration.placement import placed
 from cospadi.calibration.statistics import GramPass, collect_grams
 from cospadi.calibration.streamed import collect_streamed_grams
 from cospadi.model.discover import TargetLinear
@@ -40,7 +43,9 @@ class GramSource:
     layout : Layout or None
         How a streamed model is run.
     spill : Path or None
-        Folder for hidden states.
+        Folder for hidden states of the calibration pass; None keeps them in memory.
+    work : Path or None
+        Folder for what a streamed model needs to run backwards.
     device : torch.device
         Where activations, gradients and fits are computed. Grams come on the CPU, where the model lies.
     """
@@ -53,6 +58,16 @@ class GramSource:
     layout: Layout | None = None
     spill: Path | None = None
     device: torch.device = CPU
+    work: Path | None = None
+
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module | StreamedSource]:
+        """The model for passes that need all of it at once, on `device`; of a streamed one the source."""
+        if isinstance(self.source, StreamedSource):
+            yield self.source
+            return
+        with placed(self.source.model, self.device, whole=True):
+            yield self.source.model
 
     def progress(self, done: int, total: int) -> None:
         """Report calibration batches."""

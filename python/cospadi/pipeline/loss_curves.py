@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from statistics import mean
 
 from torch import Tensor
 
 from cospadi.calibration.fisher import FisherStore
-from cospadi.calibration.placement import placed
-from cospadi.calibration.probe import measure_losses
+from cospadi.calibration.probe import PROBE_BYTES, measure_losses
 from cospadi.errors import FitError
 from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve
 from cospadi.learn.fit import FitInput, FitSettings, fit
@@ -27,7 +27,8 @@ from cospadi.learn.methods import factor_size
 from cospadi.learn.quantize import INTEGER_BITS
 from cospadi.learn.whitening import WhiteningError, whiten_gram
 from cospadi.learn.widths import AUTO, integer_ratios, kept_bits
-from cospadi.model.discover import TargetLinear, weight_of
+from cospadi.model.discover import TargetLinear
+from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
@@ -46,8 +47,8 @@ SLOPE_BLOCKS = 3
 COARSE_START, COARSE_GROWTH = 0.03, 1.6
 """First penalty and its growth in coarse fits, which take a third of the steps of a fine one."""
 
-PROBE_BYTES = 4 << 30
-"""Most bytes of changes (bfloat16) measured in one backward pass."""
+KEPT_CHANGES = 16
+"""Linears whose changes are kept while a block of a streamed model runs; others are read again for every batch."""
 
 
 def loss_curves(
@@ -82,14 +83,19 @@ def loss_curves(
             measured[target.name] = record["losses"]
     pending = [target for target in targets if target.name not in measured]
     fitted = _coarse_fits(grams, fisher, pending, work, ratios)
-    for part in _by_bytes([target for target in pending if target.name in fitted], ratios):
-        changes = {t.name: _changes(work, t.name, len(ratios[t.name])) for t in part}
-        with placed(grams.source.model, grams.device, whole=True):
+    ready = [target for target in pending if target.name in fitted]
+    # through a streamed model once for all, since a block needs the changes of its own linears only
+    is_streamed = isinstance(grams.source, StreamedSource)
+    for part in [ready] if is_streamed and ready else _by_bytes(ready, ratios):
+        counts = {t.name: len(ratios[t.name]) for t in part}
+        changes = _StoredChanges(work, counts, n_kept=KEPT_CHANGES if is_streamed else None)
+        with grams.whole_model() as model:
             losses = measure_losses(
-                grams.source.model,
+                model,
                 changes,
                 grams.calibration.ids[: recipe.backward_samples],
                 seed=recipe.seed,
+                folder=grams.work,
                 progress=lambda done, total: log.progress("backward", done=done, total=total),
             )
         for name, values in losses.items():
@@ -201,7 +207,7 @@ def _coarse_fits(
                         grams.recipe,
                         n_readers=len(item.members),
                     )
-                weight = weight_of(grams.source.model, pending[name])[0].to(grams.device)
+                weight = grams.source.weight(pending[name])[0].to(grams.device)
                 given = FitInput(name, weight, None, gram, metric, output=output)
                 factors = _coarse_factors(given, grams.recipe, ratios[name])
                 if factors is None:
@@ -257,6 +263,23 @@ def _coarse_factors(
 
 def _has_changes(work: WorkDir, name: str, count: int) -> bool:
     return all(work.load_tensor("changes", f"{name}.{index}") is not None for index in range(count))
+
+
+class _StoredChanges(Mapping[str, Sequence[Tensor]]):
+    """Changes by module name, ``counts[name]`` of each, read when asked for; the last `n_kept` modules' stay."""
+
+    def __init__(self, work: WorkDir, counts: Mapping[str, int], *, n_kept: int | None) -> None:
+        self._counts = counts
+        self._read = lru_cache(maxsize=n_kept)(lambda name: _changes(work, name, counts[name]))
+
+    def __getitem__(self, name: str) -> Sequence[Tensor]:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
 
 
 def _changes(work: WorkDir, name: str, count: int) -> Sequence[Tensor]:

@@ -21,7 +21,14 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
-from cospadi.pipeline.costs import fit_flops, gram_flops
+from cospadi.pipeline.costs import embedding_width, fit_flops, gram_flops
+from cospadi.pipeline.gradient_memory import (
+    backward_batch,
+    depth_bytes,
+    gradient_bytes,
+    gradient_matrix_bytes,
+    head_bytes,
+)
 from cospadi.pipeline.plan import Plan
 from cospadi.pipeline.recipe import Recipe
 
@@ -114,11 +121,9 @@ def bound_heap() -> None:
 
 
 def whole_model_setting(recipe: Recipe) -> str | None:
-    """The setting whose passes need all of the model at once, with gradients or in sequence; None without one."""
+    """The setting whose passes need all of the model at once; None without one."""
     for name, off in (
         ("reconstruction", "none"),
-        ("output_metric", "none"),
-        ("allocation", "uniform"),
         ("sequential", False),
     ):
         if getattr(recipe, name) != off:
@@ -238,7 +243,7 @@ def estimate(
     tensor = max(sizes.values())
     block_values = max(sum(p.numel() for p in block.parameters()) for block in blocks.values())
     tokens = min(layout.batch_size, recipe.samples) * recipe.sequence_length
-    embedding = _embedding(model, targets)
+    embedding = embedding_width(model, targets)
     hidden = hidden_bytes(model, targets, recipe)
     activations = activation_bytes(model, targets, recipe, layout.batch_size)
     grams, waiting = gram_bytes(
@@ -254,6 +259,7 @@ def estimate(
     rest = all_values - sum(m.d_in * m.d_out for m in plan.modules)
     output = stored + width_out * rest
     largest_factor = max(m.spec.stored_bits for m in plan.modules) // 8
+    on_disk = hidden if layout.is_spilled else 0
     if layout.is_streamed:
         kept = 0 if layout.is_spilled or not recipe.uses_calibration else hidden
         stages = {
@@ -265,6 +271,15 @@ def estimate(
         }
         if not recipe.uses_calibration:
             del stages["embedding the tokens"], stages["calibration of a block"]
+        if recipe.uses_gradients:
+            on_disk = max(on_disk, depth_bytes(model, targets, recipe, recipe.backward_samples))
+            stages["gradients at the logits"] = 4 * outside + _CHUNK_BYTES + head_bytes(model)
+            stages["gradients of a block"] = (
+                4 * block_values
+                + _CHUNK_BYTES
+                + gradient_bytes(model, targets, recipe)
+                + gradient_matrix_bytes(targets, recipe, by_block=True)
+            )
     else:
         weights = 4 * all_values
         stages = {
@@ -272,6 +287,11 @@ def estimate(
             "fits": weights + fit + waiting,
             "writing": weights + output,
         }
+        if recipe.uses_gradients:
+            depths = depth_bytes(model, targets, recipe, backward_batch(recipe))
+            block = gradient_bytes(model, targets, recipe)
+            matrices = gradient_matrix_bytes(targets, recipe, by_block=False)
+            stages["gradients"] = weights + depths + max(head_bytes(model), block) + matrices
         if recipe.sequential or recipe.reconstruction != "none":
             stages["calibration"] += 2 * hidden + 8 * block_values
     queue = 0
@@ -285,19 +305,14 @@ def estimate(
         resident_bytes() + _LIBRARY_BYTES,
         stages,
         worker,
-        stored + (hidden if layout.is_spilled else 0) + queue,
+        stored + on_disk + queue,
         output,
     )
 
 
-def _embedding(model: nn.Module, targets: Sequence[TargetLinear]) -> int:
-    width = max(t.d_in for t in targets)
-    return int(getattr(model.get_input_embeddings(), "embedding_dim", width))  # type: ignore[operator]
-
-
 def hidden_bytes(model: nn.Module, targets: Sequence[TargetLinear], recipe: Recipe) -> int:
     """Hidden states of all calibration tokens at one depth."""
-    return 4 * recipe.samples * recipe.sequence_length * _embedding(model, targets)
+    return 4 * recipe.samples * recipe.sequence_length * embedding_width(model, targets)
 
 
 def activation_bytes(
@@ -308,7 +323,7 @@ def activation_bytes(
         return 0
     tokens = min(batch_size, recipe.samples) * recipe.sequence_length
     widest = max(max(t.d_in, t.d_out) for t in targets)
-    return 4 * tokens * (6 * _embedding(model, targets) + 4 * widest)
+    return 4 * tokens * (6 * embedding_width(model, targets) + 4 * widest)
 
 
 def gram_bytes(

@@ -403,6 +403,12 @@ class Recipe:
         return wanted and self.calibration != NO_CALIBRATION
 
     @property
+    def uses_gradients(self) -> bool:
+        """Whether calibration text is run backwards."""
+        wanted = self.output_metric != "none" or self.allocation == "loss"
+        return wanted and self.uses_calibration
+
+    @property
     def atoms(self) -> DictionaryKind:
         """Atoms of the method: `dictionary`, but the inputs where integers are chosen by budget."""
         if self.coeffs_dtype == AUTO:

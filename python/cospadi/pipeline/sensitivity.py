@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from cospadi.calibration.fisher import FisherStore
-from cospadi.calibration.placement import placed
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.learn.output_metric import OutputMetric, RowScales, output_metric, row_scales
 from cospadi.learn.whitening import Whitening, WhiteningError, whiten_gram
@@ -34,14 +33,15 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
     """
     recipe, log = grams.recipe, grams.log
     limit = recipe.max_gram_gb
-    with placed(grams.source.model, grams.device, whole=True):
+    with grams.whole_model() as model:
         store = FisherStore(
             folder,
-            grams.source.model,
+            model,
             grams.calibration.ids[: recipe.backward_samples],
             weights=grams.source.fingerprint,
             seed=recipe.seed,
             is_diagonal=recipe.output_metric == "diagonal",
+            spill=grams.work,
         )
         seconds = store.prepare(
             targets,
