@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cospadi.calibration.backward import run_backwards
+from cospadi.calibration.backward import draw_labels, run_backwards
 from cospadi.calibration.blockwise import BlockwiseDecoder, BlockwiseError
 from cospadi.calibration.fisher import FisherStore, collect_fisher
 from cospadi.calibration.probe import measure_losses
@@ -67,7 +67,30 @@ def _labels(model, ids, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         logits = model(input_ids=ids).logits.reshape(-1, VOCABULARY).float()
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return draw_labels(logits, generator)
+
+
+def test_labels_have_the_probabilities_of_the_model():
+    logits = torch.tensor([-1e9, 1.0, 0.0, 3.0, -1e9, 2.0, -1e9])
+    n = 40_000
+    drawn = draw_labels(logits.expand(n, -1), torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=7) / n
+    expected = logits.softmax(0)
+    deviation = (expected * (1 - expected) / n).sqrt()
+    assert bool(((found - expected).abs() <= 4 * deviation).all())
+    assert int(drawn.min()) >= 1 and int(drawn.max()) <= 5
+    again = draw_labels(logits.expand(n, -1), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+    other = draw_labels(logits.expand(n, -1), torch.Generator().manual_seed(1))
+    assert not torch.equal(drawn, other)
+
+
+def test_labels_of_chunks_are_those_of_the_whole():
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(2)
+    parts = [draw_labels(part, generator) for part in logits.split(7)]
+    whole = draw_labels(logits, torch.Generator().manual_seed(2))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "qwen3moe"])
@@ -76,6 +99,7 @@ def test_block_by_block_and_as_a_whole_are_the_same(family, monkeypatch):
     names = [target.name for target in discover(model)[0]]
     # several chunks of the head in every sequence
     monkeypatch.setattr("cospadi.calibration.backward.HEAD_VALUES", 7 * VOCABULARY)
+    monkeypatch.setattr("cospadi.calibration.backward.HEAD_TOKENS", 7)
     ids = token_ids(3, 24)
     by_blocks = rows_of(model, names, ids, 3)
 

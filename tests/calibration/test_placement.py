@@ -170,11 +170,12 @@ def test_cached_grams_of_devices_are_kept_apart(ids, tmp_path):
         assert torch.equal(there[0][name], there[1][name])
 
 
-def test_fisher_matrices_are_those_of_the_cpu(ids):
+@pytest.mark.parametrize("free_bytes", [None, 1])
+def test_fisher_matrices_are_those_of_the_cpu(free_bytes, ids):
     model = make_model("llama").requires_grad_(False)
     targets, _ = discover(model)
     ((expected),) = list(collect_fisher(model, targets, ids, seed=3))
-    with pretended_device(), placed(model, DEVICE, whole=True):
+    with pretended_device(), placed(model, DEVICE, free_bytes=free_bytes):
         (found,) = list(collect_fisher(model, targets, ids, seed=3))
         assert found.matrices.keys() == expected.matrices.keys()
         for name, matrix in found.matrices.items():

@@ -73,6 +73,7 @@ def test_gradients_have_the_bits_of_the_loaded_model(
     monkeypatch.setattr("cospadi.calibration.fisher.CONCENTRATED", 0.6)
     monkeypatch.setattr("cospadi.calibration.backward.BATCH_TOKENS", 100)  # two samples and one
     monkeypatch.setattr("cospadi.calibration.backward.HEAD_VALUES", 20 * 384)
+    monkeypatch.setattr("cospadi.calibration.backward.HEAD_TOKENS", 7)
     ids = torch.randint(2, 380, (5, 48), generator=torch.Generator().manual_seed(0))
     loaded, streamed = open_source(tiny_model_dir(family)), open_streamed(tiny_model_dir(family))
     targets, _ = discover(loaded.model)

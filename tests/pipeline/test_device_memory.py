@@ -7,13 +7,14 @@ import functools
 import pytest
 import torch
 
-from cospadi.calibration import blockwise_statistics, placement
+from cospadi.calibration import backward, blockwise_statistics, placement
 from cospadi.errors import InputError
 from cospadi.learn.fit import FitSettings
 from cospadi.learn.methods import factor_size
 from cospadi.model.discover import discover
 from cospadi.model.source import source_shapes
 from cospadi.pipeline import compress as compress_module
+from cospadi.pipeline import gradient_memory, grams
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.device_memory import (
     LIBRARY_BYTES,
@@ -94,14 +95,20 @@ def needs_of(source, recipe) -> DeviceNeeds | str:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("is_resident", [True, False])
+@pytest.mark.parametrize("metric", ["none", "diagonal", "fisher"])
 def test_tensors_of_a_job_stay_within_the_plan(
-    family, is_resident, tiny_model_dir, tiny_text, tmp_path, monkeypatch
+    family, is_resident, metric, tiny_model_dir, tiny_text, tmp_path, monkeypatch
 ):
     source = tiny_model_dir(family)
     settings = {**RISE, "ratio": 0.3, "samples": 8, "sequence_length": 48, "batch_size": 4}
+    settings |= {"output_metric": metric, "backward_samples": 4}
+    for module in (backward, gradient_memory):
+        monkeypatch.setattr(module, "HEAD_VALUES", 1 << 14)
+        monkeypatch.setattr(module, "HEAD_TOKENS", 1)
     if not is_resident:
         one_block = functools.partial(placement.placed, free_bytes=1)
         monkeypatch.setattr(blockwise_statistics, "placed", one_block)
+        monkeypatch.setattr(grams, "placed", one_block)
     monkeypatch.setattr(compress_module, "checked_device", lambda device: DEVICE)
     with pretended_device() as mode:
         compress(source, tmp_path / "out", device="cuda", calibration=str(tiny_text), **settings)
@@ -127,9 +134,7 @@ def test_no_text_moves_no_model_and_exact_pursuit_has_a_workspace(tiny_model_dir
     assert exact.resident_peak - needs.resident_peak == OMP_WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize(
-    "setting", [{"sequential": True}, {"output_metric": "fisher"}, {"allocation": "loss"}]
-)
+@pytest.mark.parametrize("setting", [{"sequential": True}, {"reconstruction": "blockwise"}])
 def test_passes_that_keep_more_are_not_guessed(setting, tiny_model_dir):
     found = needs_of(tiny_model_dir("llama"), Recipe(ratio=0.3, dictionary="augmented", **setting))
     assert found == f"{next(iter(setting))} {next(iter(setting.values()))}"

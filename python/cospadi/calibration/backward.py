@@ -24,8 +24,8 @@ from cospadi.errors import InputError
 BATCH_TOKENS = 1024
 """Tokens per backward pass."""
 
-HEAD_VALUES = 1 << 23
-"""Logits at a time."""
+HEAD_VALUES, HEAD_TOKENS = 1 << 22, 64
+"""Logits at a time, and tokens at least: the head is read once for all of them."""
 
 LARGE_VOCABULARY = 1 << 18
 """Where a model does not say how large its own is."""
@@ -129,7 +129,8 @@ def head_gradient(
     """Gradient of the summed loss at the hidden states ``[batch, length, features]`` that leave the last block."""
     find = getattr(decoder.model, "get_input_embeddings", None)
     weight = getattr(find() if callable(find) else None, "weight", None)
-    step = max(1, HEAD_VALUES // (LARGE_VOCABULARY if weight is None else weight.shape[0]))
+    vocabulary = LARGE_VOCABULARY if weight is None else weight.shape[0]
+    step = max(HEAD_TOKENS, HEAD_VALUES // vocabulary)
     gradient = torch.empty_like(hidden)
     for sample in range(hidden.shape[0]):
         for start in range(0, hidden.shape[1], step):
@@ -209,5 +210,18 @@ def _loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the model's logits are not finite on the calibration text")
     with torch.no_grad():
-        drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        drawn = draw_labels(logits, generator)
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+
+
+def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label per row of finite logits ``[tokens, vocabulary]``, by its probability; int64 ``[tokens]``.
+
+    One uniform number per token, found in the running sum of its probabilities: `torch.multinomial` draws one for every
+    word of the vocabulary, which took as long as the logits themselves.
+    """
+    sums = logits.softmax(-1).double().cumsum(-1)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
+    # above zero, so that no word without probability is found; rounding keeps the last sum from being one
+    wanted = (1.0 - uniform).to(sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, wanted)[:, 0]

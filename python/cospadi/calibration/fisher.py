@@ -39,6 +39,9 @@ from cospadi.errors import CheckpointError, InputError
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamedSource
 
+VERSION = 2
+"""Of the way matrices are computed: a change is a new number, so that stored ones are not used."""
+
 CONCENTRATED = 0.1
 """A gradient is concentrated where less than this share of the tokens, if they were even, would have as much of it."""
 
@@ -291,7 +294,7 @@ class FisherStore:
             batch_size=BATCH_TOKENS,
             device=torch.device("cpu") if is_streamed else None,
         )
-        kind = "fisher diagonal" if is_diagonal else "fisher"
+        kind = f"fisher {VERSION}{' diagonal' if is_diagonal else ''}"
         self._cache = GramCache(folder, f"{kind} {seed} {fingerprint}")
 
     def prepare(

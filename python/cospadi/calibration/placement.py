@@ -2,7 +2,8 @@
 
 The model's own tensors stay where they are and come back when the placement ends, so nothing is copied back. While it
 lasts, the embeddings and what else lies outside of the decoder blocks are on the device (a head that only calibration
-does without included), and every block is there while it runs.
+does without included), and every block is there while it runs; for gradients until they are computed, since the graph
+holds what it needs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Placement:
         moved = self._blocks[id(block)] = _Moved(block, self.device)
 
         def before(*_: object) -> None:
-            moved.enter()
+            if "forward" not in block.__dict__:  # what only hands its input on needs no weights
+                moved.enter()
 
         def after(*_: object) -> None:
             if self._held is not block:
@@ -127,7 +129,7 @@ def placed(
     device
         None or the model's own device: nothing happens.
     whole
-        Refuse to move block by block: for passes that need all blocks at once, such as those backwards.
+        Refuse to move block by block: for passes that need all blocks at once.
     free_bytes
         Memory to reckon with; the device's own answer by default, no bound where it has none.
 
@@ -152,8 +154,7 @@ def placed(
     if not fits and (whole or not blocks):
         raise InputError(
             f"device {device}: the model's {needed} bytes are more than {RESIDENT_SHARE:.0%} of the {free_bytes} that "
-            "are free, and this step needs all of it at once; use the CPU, or settings without gradients "
-            "(allocation=uniform, output_metric=none, reconstruction=none, no sequential)"
+            "are free, and this step needs all of it at once; use the CPU, or reconstruction=none without sequential"
         )
     placement = Placement(device, fits)
     rest = _Moved(model, device)

@@ -19,6 +19,13 @@ from torch import nn
 from cospadi.calibration.placement import RESIDENT_SHARE
 from cospadi.model.discover import TargetLinear, decoder_blocks
 from cospadi.native.device_ops import OMP_WORKSPACE_BYTES
+from cospadi.pipeline.gradient_memory import (
+    backward_batch,
+    depth_bytes,
+    gradient_bytes,
+    gradient_matrix_bytes,
+    head_bytes,
+)
 from cospadi.pipeline.memory import activation_bytes, gram_bytes, hidden_bytes, whole_model_setting
 from cospadi.pipeline.plan import Plan
 from cospadi.pipeline.recipe import Recipe
@@ -98,7 +105,7 @@ def estimate_device(
     Returns
     -------
     DeviceNeeds or str
-        The setting for which nothing is computed: passes with gradients and sequential calibration, which keep more.
+        The setting for which nothing is computed: block-wise reconstruction and sequential calibration keep more.
     """
     setting = whole_model_setting(recipe)
     if setting is not None:
@@ -122,6 +129,13 @@ def estimate_device(
     grams = gram_bytes(targets, recipe, max_bytes=_bound(recipe), by_block=apart)[0]
     resident = {"calibration": whole + batch + grams, "fits": whole + fit}
     by_block = {"calibration": outside + block + batch + grams, "fits": outside + fit}
+    if recipe.uses_gradients:
+        matrices = gradient_matrix_bytes(targets, recipe, by_block=False)
+        gradients = LIBRARY_BYTES + matrices
+        gradients += depth_bytes(model, targets, recipe, backward_batch(recipe))
+        gradients += max(head_bytes(model), gradient_bytes(model, targets, recipe))
+        resident["gradients"] = whole + gradients
+        by_block["gradients"] = outside + block + gradients
     return DeviceNeeds(
         resident, by_block if apart else None, whole, hidden_bytes(model, targets, recipe)
     )

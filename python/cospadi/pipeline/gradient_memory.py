@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cospadi.calibration.backward import BATCH_TOKENS, HEAD_VALUES, LARGE_VOCABULARY
+from cospadi.calibration.backward import BATCH_TOKENS, HEAD_TOKENS, HEAD_VALUES, LARGE_VOCABULARY
 from cospadi.calibration.probe import PROBE_BYTES
 from cospadi.model.discover import TargetLinear, decoder_blocks
 from cospadi.pipeline.costs import embedding_width
@@ -42,7 +42,8 @@ def head_bytes(model: nn.Module) -> int:
     """What the logits of a chunk of tokens take with labels drawn from them and gradients."""
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = int(getattr(embeddings, "num_embeddings", LARGE_VOCABULARY))
-    return 6 * 4 * max(HEAD_VALUES, vocabulary)
+    # four of float32, one of float64 for drawing labels
+    return 6 * 4 * max(HEAD_VALUES, HEAD_TOKENS * vocabulary)
 
 
 def gradient_matrix_bytes(

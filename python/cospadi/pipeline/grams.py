@@ -61,12 +61,12 @@ class GramSource:
     work: Path | None = None
 
     @contextmanager
-    def whole_model(self) -> Iterator[nn.Module | StreamedSource]:
-        """The model for passes that need all of it at once, on `device`; of a streamed one the source."""
+    def running_model(self) -> Iterator[nn.Module | StreamedSource]:
+        """The model on `device`, as a whole or block by block; of a streamed one the source."""
         if isinstance(self.source, StreamedSource):
             yield self.source
             return
-        with placed(self.source.model, self.device, whole=True):
+        with placed(self.source.model, self.device):
             yield self.source.model
 
     def progress(self, done: int, total: int) -> None:

@@ -89,7 +89,7 @@ def loss_curves(
     for part in [ready] if is_streamed and ready else _by_bytes(ready, ratios):
         counts = {t.name: len(ratios[t.name]) for t in part}
         changes = _StoredChanges(work, counts, n_kept=KEPT_CHANGES if is_streamed else None)
-        with grams.whole_model() as model:
+        with grams.running_model() as model:
             losses = measure_losses(
                 model,
                 changes,

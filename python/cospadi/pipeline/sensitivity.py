@@ -33,7 +33,7 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
     """
     recipe, log = grams.recipe, grams.log
     limit = recipe.max_gram_gb
-    with grams.whole_model() as model:
+    with grams.running_model() as model:
         store = FisherStore(
             folder,
             model,
