@@ -69,13 +69,14 @@ def test_bad_metric(fisher, shrinkage, match):
         output_metric(fisher, "layer", shrinkage=shrinkage)
 
 
-def test_row_scales_are_the_roots_of_the_diagonal_to_the_next_power_of_two():
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_row_scales_are_the_roots_of_the_diagonal_to_the_next_power_of_two(power):
     diagonal = torch.tensor([1e-3, 1.0, 4.0, 250.0, 0.0], dtype=torch.float64)
-    scales = row_scales(diagonal, "layer").scales
+    scales = row_scales(diagonal, "layer", power=power).scales
     assert float(scales.min()) == 1.0
     assert torch.equal(scales.log2(), scales.log2().round())
     share = metrics.DIAGONAL_SHRINKAGE
-    wanted = ((1 - share) * diagonal / diagonal.mean() + share).sqrt()
+    wanted = ((1 - share) * diagonal / diagonal.mean() + share).sqrt() ** power
     off = (scales / wanted).log2()
     assert float(off.max() - off.min()) <= 1.0 + 1e-9
     assert row_scales(torch.zeros(4), "layer") is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cospadi.calibration.fisher import FisherStore
-from cospadi.learn.output_metric import OutputMetric, RowScales
+from cospadi.learn.output_metric import OutputMetric, RowScales, row_scales
 from cospadi.model.discover import discover
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.sensitivity import fisher_grams
@@ -80,12 +80,10 @@ def test_diagonal_scales_what_reads_the_residual_stream(stores):
             assert (weighted, output) == (None, None)
             continue
         assert isinstance(output, RowScales)
-        # powers of two that follow the roots of F's diagonal
-        assert torch.equal(output.scales.log2().round(), output.scales.log2())
-        roots = stores.fisher.load(target).diagonal().sqrt()
-        large, small = roots >= 4 * roots.min(), roots < 2 * roots.min()
-        if large.any():
-            assert output.scales[large].min() >= output.scales[small].max()
+        power = 0.5 if target.name.endswith(("gate_proj", "up_proj")) else 1.0
+        diagonal = stores.fisher.load(target).diagonal()
+        expected = row_scales(diagonal, target.name, power=power)
+        assert torch.equal(output.scales, expected.scales)
         n_weighted += weighted is not None
         assert (weighted is not None) == (stores.diagonal.load_weighted_gram(target) is not None)
     assert n_weighted > 0

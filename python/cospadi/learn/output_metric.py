@@ -24,6 +24,10 @@ SHRINKAGE = 0.1
 DIAGONAL_SHRINKAGE = 0.02
 """The same where the diagonal alone is used, of which as many tokens know more."""
 
+DAMPED = 0.5
+"""Power of the diagonal for gates and the like, whose rows matter for tokens of their own: on text of another kind all
+of it lost more than nothing of it (docs/results.md)."""
+
 LEVEL_RATIO = 2.0
 """Eigenvalues within this factor count as one: the same problem for a metric as good as an estimated one."""
 
@@ -104,7 +108,7 @@ class RowScales:
     scales: torch.Tensor
 
 
-def row_scales(diagonal: torch.Tensor, name: str) -> RowScales | None:
+def row_scales(diagonal: torch.Tensor, name: str, *, power: float = 1.0) -> RowScales | None:
     """Scales of rows: roots of a Fisher matrix's diagonal, to the next powers of two.
 
     Parameters
@@ -113,6 +117,8 @@ def row_scales(diagonal: torch.Tensor, name: str) -> RowScales | None:
         ``[d_out]``, not negative; a share of `DIAGONAL_SHRINKAGE` of it counts alike for all outputs.
     name : str
         Module name, for messages.
+    power : float
+        Of the weights: one uses all of the diagonal, zero nothing.
 
     Returns
     -------
@@ -134,7 +140,7 @@ def row_scales(diagonal: torch.Tensor, name: str) -> RowScales | None:
     if mean <= 0.0:
         return None
     weights = (1.0 - DIAGONAL_SHRINKAGE) * diagonal / mean + DIAGONAL_SHRINKAGE
-    scales = 2.0 ** (0.5 * weights.log2()).round()
+    scales = 2.0 ** (0.5 * power * weights.log2()).round()
     return RowScales(scales / scales.min())
 
 

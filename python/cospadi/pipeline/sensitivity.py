@@ -9,7 +9,13 @@ import torch
 
 from cospadi.calibration.fisher import FisherStore
 from cospadi.factor.spec import STORAGE_DTYPES
-from cospadi.learn.output_metric import OutputMetric, RowScales, output_metric, row_scales
+from cospadi.learn.output_metric import (
+    DAMPED,
+    OutputMetric,
+    RowScales,
+    output_metric,
+    row_scales,
+)
 from cospadi.learn.whitening import Whitening, WhiteningError, whiten_gram
 from cospadi.model.discover import TargetLinear
 from cospadi.pipeline.grams import GramSource
@@ -17,6 +23,9 @@ from cospadi.pipeline.recipe import Recipe
 
 PLAIN_SHARE = 0.5
 """Share of the plain Gram in a weighted one: the few tokens that carry the weight must not be all there is."""
+
+ATTENTION_READERS = 3
+"""As many linears read one input where they are q, k and v."""
 
 
 def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: Path) -> FisherStore:
@@ -113,12 +122,13 @@ def fisher_grams(
     is_rounded = recipe.coeffs_dtype is not None and recipe.coeffs_dtype not in STORAGE_DTYPES
     is_wide = target.d_out > target.d_in
     output: OutputMetric | RowScales | None
-    if recipe.output_metric == "diagonal":
-        if n_readers < 2 and not is_wide:
-            return None, None
-        output = row_scales(fisher.load_diagonal(target).to(gram.device), target.name)
-    elif is_wide and not is_rounded:
-        output = row_scales(fisher.load_diagonal(target).to(gram.device), target.name)
+    if recipe.output_metric == "diagonal" and n_readers < 2 and not is_wide:
+        return None, None
+    if recipe.output_metric == "diagonal" or (is_wide and not is_rounded):
+        diagonal = fisher.load_diagonal(target).to(gram.device)
+        # gate and up; attention reads mixtures of the outputs of q, k and v
+        power = DAMPED if n_readers < ATTENTION_READERS else 1.0
+        output = row_scales(diagonal, target.name, power=power)
     else:
         output = output_metric(fisher.load(target).to(gram.device), target.name)
     weighted = None if output is None else fisher.load_weighted_gram(target)
