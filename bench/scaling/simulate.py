@@ -104,8 +104,9 @@ def blocks_of(
 ) -> list[Block]:
     """The run of a model: calibration of a block by the coordinator, then the fits of its matrices."""
     kinds, forward, gram = [], 0.0, 0.0
+    n_steps = costs.rise_steps(Recipe().first_penalty, Recipe().penalty_growth)
     for d_in, d_out, count in model.linears:
-        flops = costs.augmented_flops(d_in, d_out, n_atoms(d_in, d_out, ratio), costs.RISE_STEPS)
+        flops = costs.augmented_flops(d_in, d_out, n_atoms(d_in, d_out, ratio), n_steps)
         seconds = worker.seconds("augmented", flops) + worker.seconds(
             "whitening", costs.whitening_flops(d_in)
         )

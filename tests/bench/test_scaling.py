@@ -181,6 +181,40 @@ def test_the_plan_s_seconds_follow_method_and_size():
     assert exact > turns[1]
     larger = seconds(Recipe(), 1024, 1024, n_atoms=160, sparsity=320, n_identity=1024)
     assert 4.0 < larger < 9.0  # measured: 6.4
+    # a slower rise takes the steps it says, coupled outputs two to three times as long; rows of many outputs stay apart
+    slow = Recipe(first_penalty=0.003, penalty_growth=1.03)
+    assert 4.5 < seconds(slow, **default) / seconds(Recipe(), **default) < 5.5
+    coupled = Recipe(output_metric="fisher")
+    assert 2.0 < seconds(coupled, **default) / seconds(Recipe(), **default) < 3.0
+    wide = {"n_atoms": 80, "sparsity": 160, "n_identity": 512, "d_out": 1024}
+    assert seconds(coupled, **wide) == seconds(Recipe(), **wide)
+
+
+def test_the_plan_s_stages_are_those_of_the_run(tiny_model_dir):
+    from cospadi.model.discover import discover
+    from cospadi.model.source import source_shapes
+    from cospadi.pipeline.plan import make_plan
+    from cospadi.pipeline.recipe import Recipe
+
+    shapes = source_shapes(tiny_model_dir("llama")).model
+    targets, skipped = discover(shapes)
+
+    def stages(**settings):
+        recipe = Recipe(ratio=0.3, samples=64, **settings)
+        found = costs.estimate_seconds(shapes, targets, make_plan(targets, skipped, recipe), recipe)
+        assert min(found.values()) > 0.0
+        return found
+
+    assert list(stages(output_metric="none")) == ["calibration", "fits"]
+    few = stages(output_metric="diagonal", backward_samples=4)
+    many = stages(output_metric="diagonal", backward_samples=64)
+    assert list(few) == list(many) == ["gradients", "calibration", "fits"]
+    # three ways through the blocks and two through the head for each of the windows
+    assert many["gradients"] > 3.0 * 0.9 * (many["calibration"] / 2)
+    assert many["gradients"] > 8.0 * few["gradients"]
+    divided = stages(output_metric="fisher", allocation="loss")
+    assert list(divided) == ["gradients", "coarse fits", "calibration", "fits"]
+    assert divided["coarse fits"] < 3.0 * divided["fits"]
 
 
 def test_measuring_and_simulating_run(tmp_path):

@@ -115,7 +115,7 @@ def plan_command(
         return
     seconds = found["seconds"]
     typer.echo(
-        f"time, about: calibration {duration(seconds['calibration'])}, fits {duration(seconds['fits'])} with "
+        f"time, about: {', '.join(f'{stage} {duration(t)}' for stage, t in seconds.items())} with "
         f"{found['threads']} threads" + (f" in each of {workers} workers" if workers else "")
     )
 

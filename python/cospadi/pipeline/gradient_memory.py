@@ -10,11 +10,8 @@ from torch import nn
 from cospadi.calibration.backward import BATCH_TOKENS, HEAD_TOKENS, HEAD_VALUES, LARGE_VOCABULARY
 from cospadi.calibration.probe import PROBE_BYTES
 from cospadi.model.discover import TargetLinear, decoder_blocks
-from cospadi.pipeline.costs import embedding_width
+from cospadi.pipeline.costs import SLOPE_RATIOS, embedding_width
 from cospadi.pipeline.recipe import Recipe
-
-_CURVE_RATIOS = 3
-"""Coarse fits of a linear, at most (`cospadi.pipeline.loss_curves`)."""
 
 
 def backward_batch(recipe: Recipe) -> int:
@@ -61,7 +58,7 @@ def gradient_matrix_bytes(
         sums[block] += size if recipe.output_metric != "none" else 0
         largest = max(largest, size)
         if recipe.allocation == "loss":
-            changes[block] += 2 * _CURVE_RATIOS * target.d_in * target.d_out
+            changes[block] += 2 * SLOPE_RATIOS * target.d_in * target.d_out
     held = max(sums.values())
     if recipe.max_gram_gb is not None:
         held = min(held, max(2 * int(recipe.max_gram_gb * 2**30), largest))

@@ -29,6 +29,7 @@ from cospadi.learn.whitening import WhiteningError, whiten_gram
 from cospadi.learn.widths import AUTO, integer_ratios, kept_bits
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamedSource
+from cospadi.pipeline.costs import COARSE_GROWTH, COARSE_START, SLOPE_BLOCKS
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
@@ -40,12 +41,6 @@ CURVE_OFFSETS = (-0.1, 0.0, 0.2)
 
 CURVE_BITS = (-0.8, 0.0, 1.0)
 """The same for integers of the width that fits: bits per weight, relative to those of the recipe's ratio."""
-
-SLOPE_BLOCKS = 3
-"""Blocks that give the slopes, evenly spread; models with up to twice as many give all theirs."""
-
-COARSE_START, COARSE_GROWTH = 0.03, 1.6
-"""First penalty and its growth in coarse fits, which take a third of the steps of a fine one."""
 
 KEPT_CHANGES = 16
 """Linears whose changes are kept while a block of a streamed model runs; others are read again for every batch."""

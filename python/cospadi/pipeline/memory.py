@@ -1,4 +1,4 @@
-"""What a compression takes, in bytes and in seconds, before it begins; and how it is run within a bound.
+"""What a compression takes in memory and on the disk, before it begins; and how it is run within a bound.
 
 Estimates are upper bounds of what was measured with this package (``bench/soak/memory.py`` measures them again): a fit
 takes ``40 MiB + 13 P + 3 Q`` with ``P = 8 d_in d_out`` and ``Q = 8 d_in^2`` bytes at most, whatever the method.
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from cospadi.errors import InputError
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
-from cospadi.pipeline.costs import embedding_width, fit_flops, gram_flops
+from cospadi.pipeline.costs import embedding_width
 from cospadi.pipeline.gradient_memory import (
     backward_batch,
     depth_bytes,
@@ -346,31 +344,3 @@ def gram_bytes(
         most = max(most, total + int(share * rows) + 4 * 192 * max(widths))
         waiting = max(waiting, total - 8 * max(widths) ** 2)
     return most, waiting
-
-
-def estimate_seconds(
-    model: nn.Module, targets: Sequence[TargetLinear], plan: Plan, recipe: Recipe
-) -> dict[str, float]:
-    """About how long calibration and fits take with this process's threads, from the speed of a product just now."""
-    speed = _flops_per_second()
-    tokens = recipe.samples * recipe.sequence_length
-    blocks = sum(p.numel() for _, block in decoder_blocks(model) for p in block.parameters())
-    inputs = {(t.block, t.input_group): t.d_in for t in targets}
-    flops = 2.0 * tokens * blocks + sum(gram_flops(tokens, d) for d in inputs.values())
-    fits = sum(fit_flops(module, recipe) for module in plan.modules)
-    return {
-        "calibration": flops / speed if recipe.uses_calibration else 0.0,
-        "fits": fits / speed,
-    }
-
-
-def _flops_per_second() -> float:
-    size = 768
-    a = torch.randn(size, size)
-    a @ a  # the first call sets libraries up
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best

@@ -12,12 +12,12 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamingUnsupported, check_streamable
+from cospadi.pipeline.costs import estimate_seconds
 from cospadi.pipeline.device_memory import estimate_device
 from cospadi.pipeline.memory import (
     Layout,
     choose_layout,
     estimate,
-    estimate_seconds,
     must_load,
     possible_layouts,
 )
