@@ -308,3 +308,19 @@ def test_a_setting_of_overrides_that_does_not_fit_the_rest_has_its_line(tmp_path
 def test_what_another_setting_stands_for_is_found(text, line, message, tmp_path):
     found, shown = refused(tmp_path / "r.yaml", text)
     assert found == line and shown.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 32),
+        ({"output_metric": "diagonal"}, 8),
+        ({"output_metric": "fisher"}, 32),
+        ({"output_metric": "diagonal", "allocation": "loss"}, 32),
+        ({"output_metric": "diagonal", "backward_samples": 3}, 3),
+    ],
+)
+def test_windows_that_run_backwards_follow_what_they_are_for(settings, expected):
+    recipe = Recipe(**settings)
+    assert recipe.backward_windows == recipe.backward_samples == expected
+    assert recipe_from_mapping(recipe.to_mapping()) == recipe

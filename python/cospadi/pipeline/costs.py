@@ -106,7 +106,7 @@ def backward_flops(
     model: nn.Module, targets: Sequence[TargetLinear], recipe: Recipe, n_sweeps: int
 ) -> float:
     """Windows run forwards, and through every block twice more for gradients; the head both ways; sums over them."""
-    tokens = min(recipe.backward_samples, recipe.samples) * recipe.sequence_length
+    tokens = min(recipe.backward_windows, recipe.samples) * recipe.sequence_length
     blocks = sum(p.numel() for _, block in decoder_blocks(model) for p in block.parameters())
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     head = embedding_width(model, targets) * int(getattr(embeddings, "num_embeddings", 0))

@@ -16,7 +16,7 @@ from cospadi.pipeline.recipe import Recipe
 
 def backward_batch(recipe: Recipe) -> int:
     """Windows of a backward pass."""
-    return min(max(1, BATCH_TOKENS // recipe.sequence_length), recipe.backward_samples)
+    return min(max(1, BATCH_TOKENS // recipe.sequence_length), recipe.backward_windows)
 
 
 def depth_bytes(

@@ -88,7 +88,7 @@ def loss_curves(
             losses = measure_losses(
                 model,
                 changes,
-                grams.calibration.ids[: recipe.backward_samples],
+                grams.calibration.ids[: recipe.backward_windows],
                 seed=recipe.seed,
                 folder=grams.work,
                 progress=lambda done, total: log.progress("backward", done=done, total=total),

@@ -270,7 +270,7 @@ def estimate(
         if not recipe.uses_calibration:
             del stages["embedding the tokens"], stages["calibration of a block"]
         if recipe.uses_gradients:
-            on_disk = max(on_disk, depth_bytes(model, targets, recipe, recipe.backward_samples))
+            on_disk = max(on_disk, depth_bytes(model, targets, recipe, recipe.backward_windows))
             stages["gradients at the logits"] = 4 * outside + _CHUNK_BYTES + head_bytes(model)
             stages["gradients of a block"] = (
                 4 * block_values

@@ -124,8 +124,9 @@ class Recipe:
         (`cospadi.learn.output_metric`; dictionaries with identity atoms only). ``diagonal``: each output by itself,
         which costs the fits nothing; ``fisher``: together, but where floating-point weights have more outputs than
         inputs.
-    backward_samples : int
-        Calibration windows that are also run backwards, for the output metric and for the allocation.
+    backward_samples : int or None
+        Calibration windows that are also run backwards, for the output metric and for the allocation. None: 32, or 8
+        where only the diagonal of the metric is wanted.
     reconstruction : {"none", "blockwise"}
         After the fits, tune coefficients and atoms of each decoder block together, supports kept, towards the original
         block's output (`cospadi.calibration.reconstruction`; floating-point coefficients and dictionaries only).
@@ -195,7 +196,7 @@ class Recipe:
     allocation: Allocation = "uniform"
     allocation_reach: float = 0.4
     output_metric: OutputMetricKind = "none"
-    backward_samples: int = 32
+    backward_samples: int | None = None
     reconstruction: Reconstruction = "none"
     reconstruction_epochs: int = 4
     reconstruction_rate: float = 0.003
@@ -244,6 +245,7 @@ class Recipe:
             _check_choice("dictionary", self.dictionary, get_args(DictionaryKind))
         # said once here, so that a written recipe says it too
         object.__setattr__(self, "dictionary", self.atoms)
+        object.__setattr__(self, "backward_samples", self.backward_windows)
         for name, kind in (
             ("group_objective", GroupObjective),
             ("grouping", Grouping),
@@ -407,6 +409,13 @@ class Recipe:
         """Whether calibration text is run backwards."""
         wanted = self.output_metric != "none" or self.allocation == "loss"
         return wanted and self.uses_calibration
+
+    @property
+    def backward_windows(self) -> int:
+        """`backward_samples`, or the default that fits what they are for."""
+        if self.backward_samples is not None:
+            return self.backward_samples
+        return 8 if self.output_metric == "diagonal" and self.allocation == "uniform" else 32
 
     @property
     def atoms(self) -> DictionaryKind:

@@ -46,7 +46,7 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
         store = FisherStore(
             folder,
             model,
-            grams.calibration.ids[: recipe.backward_samples],
+            grams.calibration.ids[: recipe.backward_windows],
             weights=grams.source.fingerprint,
             seed=recipe.seed,
             is_diagonal=recipe.output_metric == "diagonal",
