@@ -51,17 +51,42 @@ def errors(result):
     return {name: report["relative_error"] for name, report in result.reports.items()}
 
 
+def differing_shares(here, there):
+    """Linears whose shares of the budget differ: by two points of the grid at most, at equal predicted losses.
+
+    Curves come from coarse fits, of which a last bit may change the end; shares are whole percents.
+    """
+    divisions = [[e for e in events if e["event"] == "allocated"] for events in (here, there)]
+    assert len(divisions[0]) == len(divisions[1]) <= 1
+    if not divisions[0]:
+        return set()
+    (one,), (other,) = divisions
+    assert other["predicted_loss"] == pytest.approx(one["predicted_loss"], rel=0.02)
+    assert other["predicted_uniform"] == pytest.approx(one["predicted_uniform"], rel=0.02)
+    assert other["ratios"].keys() == one["ratios"].keys()
+    for name, share in one["ratios"].items():
+        assert other["ratios"][name] == pytest.approx(share, abs=0.0201), name
+    return {name for name, share in one["ratios"].items() if other["ratios"][name] != share}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_job_is_that_of_the_cpu(name, tiny_model_dir, tmp_path, monkeypatch):
     model, settings = tiny_model_dir("llama"), {**FAST, **RECIPES[name]}
-    expected = compress(model, tmp_path / "cpu", **settings)
+    here, there = [], []
+    expected = compress(model, tmp_path / "cpu", listener=here.append, **settings)
     monkeypatch.setattr(compress_module, "checked_device", lambda device: DEVICE)
     with pretended_device() as mode:
-        found = compress(model, tmp_path / "other", device="cuda", **settings)
+        found = compress(
+            model, tmp_path / "other", device="cuda", listener=there.append, **settings
+        )
     assert mode.calls  # something was computed there
     assert not found.failed
     assert errors(found).keys() == errors(expected).keys()
+    others = differing_shares(here, there)
+    assert len(others) <= 0.5 * len(errors(found))
     for module, error in errors(found).items():
+        if module in others:
+            continue
         assert error == pytest.approx(errors(expected)[module], rel=0.15, abs=1e-4), module
     # what was written is an ordinary checkpoint
     loaded, _ = cospadi.load(tmp_path / "other", dtype=torch.float32)
