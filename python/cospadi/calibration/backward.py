@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cospadi.calibration.blockwise import BlockwiseDecoder, BlockwiseError
 from cospadi.calibration.ids import check_ids
 from cospadi.errors import InputError
+from cospadi.model.discover import input_embeddings
 
 BATCH_TOKENS = 1024
 """Tokens per backward pass."""
@@ -127,8 +128,7 @@ def head_gradient(
     decoder: BlockwiseDecoder, hidden: Tensor, ids: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Gradient of the summed loss at the hidden states ``[batch, length, features]`` that leave the last block."""
-    find = getattr(decoder.model, "get_input_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
+    weight = getattr(input_embeddings(decoder.model), "weight", None)
     vocabulary = LARGE_VOCABULARY if weight is None else weight.shape[0]
     step = max(HEAD_TOKENS, HEAD_VALUES // vocabulary)
     gradient = torch.empty_like(hidden)
@@ -189,9 +189,8 @@ def _run_blocks(
 
 
 def _start_at_embeddings(model: nn.Module, hooks: ExitStack) -> None:
-    find = getattr(model, "get_input_embeddings", None)
-    embeddings = find() if callable(find) else None
-    if not isinstance(embeddings, nn.Module):
+    embeddings = input_embeddings(model)
+    if embeddings is None:
         raise InputError(f"{type(model).__name__} names no input embeddings to run backwards to")
     start = embeddings.register_forward_hook(
         lambda _module, _inputs, output: output.detach().requires_grad_()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,15 +193,23 @@ class BlockwiseDecoder:
 
             return forward
 
+        with self._forwards(lambda index, _block: stand_in(index)):
+            output: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return output
+
+    @contextmanager
+    def _forwards(
+        self, forward: Callable[[int, nn.Module], Callable[..., object]]
+    ) -> Iterator[None]:
+        """Let ``forward(index, block)`` stand in for the forward of every block while the context lasts."""
         blocks = self.blocks
         try:
             for index, block in enumerate(blocks):
-                block.forward = stand_in(index)
-            output: Tensor = self.model(input_ids=ids, use_cache=False).logits
+                block.forward = forward(index, block)
+            yield
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
-        return output
 
     def _record(self, ids: Tensor) -> list[_BlockCall]:
         calls: list[_BlockCall] = []

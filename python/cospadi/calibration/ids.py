@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.errors import InputError
+from cospadi.model.discover import input_embeddings
 
 
 def ids_sha256(ids: Tensor) -> str:
@@ -78,8 +79,7 @@ def check_ids(model: nn.Module, ids: Tensor, *, length: int) -> None:
         raise InputError(
             f"token ids must be a non-empty integer tensor, got {ids.dtype} {list(ids.shape)}"
         )
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     low, high = (int(value) for value in torch.aminmax(ids))
     if low < 0 or (weight is not None and high >= weight.shape[0]):
         vocabulary = "0 or more" if weight is None else f"0 to {weight.shape[0] - 1}"

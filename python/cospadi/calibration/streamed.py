@@ -197,14 +197,8 @@ class StreamedDecoder(BlockwiseDecoder):
 
             return compute if index in real else hand_on
 
-        blocks = self.blocks
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = forward(index, block)
+        with self._forwards(forward):
             yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
 
 
 def collect_streamed_grams(

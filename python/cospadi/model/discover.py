@@ -197,6 +197,13 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What turns token ids into hidden states; None where the model does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    found = find() if callable(find) else None
+    return found if isinstance(found, nn.Module) else None
+
+
 def weight_of(model: nn.Module, target: TargetLinear) -> tuple[Tensor, Tensor | None]:
     """Return a target's weight in torch orientation, and its bias.
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from cospadi.model.discover import TargetLinear, decoder_blocks
+from cospadi.model.discover import TargetLinear, decoder_blocks, input_embeddings
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
 
@@ -108,8 +108,8 @@ def backward_flops(
     """Windows run forwards, and through every block twice more for gradients; the head both ways; sums over them."""
     tokens = min(recipe.backward_windows, recipe.samples) * recipe.sequence_length
     blocks = sum(p.numel() for _, block in decoder_blocks(model) for p in block.parameters())
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    head = embedding_width(model, targets) * int(getattr(embeddings, "num_embeddings", 0))
+    vocabulary = int(getattr(input_embeddings(model), "num_embeddings", 0))
+    head = embedding_width(model, targets) * vocabulary
     sums = 0
     if recipe.output_metric == "fisher":
         sums += sum(t.d_out**2 for t in targets)
@@ -169,4 +169,4 @@ def _flops_per_second() -> float:
 def embedding_width(model: nn.Module, targets: Sequence[TargetLinear]) -> int:
     """Features of the hidden states."""
     width = max(t.d_in for t in targets)
-    return int(getattr(model.get_input_embeddings(), "embedding_dim", width))  # type: ignore[operator]
+    return int(getattr(input_embeddings(model), "embedding_dim", width))

@@ -9,7 +9,7 @@ from torch import nn
 
 from cospadi.calibration.backward import BATCH_TOKENS, HEAD_TOKENS, HEAD_VALUES, LARGE_VOCABULARY
 from cospadi.calibration.probe import PROBE_BYTES
-from cospadi.model.discover import TargetLinear, decoder_blocks
+from cospadi.model.discover import TargetLinear, decoder_blocks, input_embeddings
 from cospadi.pipeline.costs import SLOPE_RATIOS, embedding_width
 from cospadi.pipeline.recipe import Recipe
 
@@ -37,8 +37,7 @@ def gradient_bytes(model: nn.Module, targets: Sequence[TargetLinear], recipe: Re
 
 def head_bytes(model: nn.Module) -> int:
     """What the logits of a chunk of tokens take with labels drawn from them and gradients."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = int(getattr(embeddings, "num_embeddings", LARGE_VOCABULARY))
+    vocabulary = int(getattr(input_embeddings(model), "num_embeddings", LARGE_VOCABULARY))
     # four of float32, one of float64 for drawing labels
     return 6 * 4 * max(HEAD_VALUES, HEAD_TOKENS * vocabulary)
 
