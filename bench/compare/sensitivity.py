@@ -101,7 +101,6 @@ def main() -> None:
                             item.gram,
                             plain,
                             Recipe(output_metric=kind),
-                            n_readers=len(item.members),
                         )
                         for kind in METRICS[1:]
                     },

@@ -151,8 +151,15 @@ def test_activations_that_overflow_leave_their_layers_dense(
     save_file(tensors, path, metadata={"format": "pt"})
     monkeypatch.setattr("cospadi.model.source._check_runs", lambda *_: None)
     settings = {**SETTINGS, "calibration": str(tiny_text), "spill": spill}
-    result = compress(damaged_dir, tmp_path / "two", **settings)
+    events = []
+    result = compress(damaged_dir, tmp_path / "two", **settings, listener=events.append)
     assert {name.split(".")[2] for name in result.failed} == {"1"}
+    # there are no gradients either: nobody asked for them by name, so the rest is fitted without
+    (warning,) = [e["text"] for e in events if "no gradients" in e.get("text", "")]
+    assert warning.startswith("errors of all outputs count alike, no gradients: ")
+    assert "output_metric: none\n" in (tmp_path / "two" / "recipe.yaml").read_text()
+    with pytest.raises(CospadiError, match=r"finite|other values|change between"):
+        compress(damaged_dir, tmp_path / "asked", **settings, output_metric="diagonal")
     assert {name.split(".")[2] for name in result.reports} == {"0"}
     assert verify_checkpoint(tmp_path / "two") == 7
     for file in (tmp_path / "two").glob("*.safetensors"):

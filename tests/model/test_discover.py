@@ -36,6 +36,16 @@ def test_llama_targets():
     assert q.input_group == k.input_group == v.input_group == q.name
     assert gate.input_group == up.input_group == gate.name
     assert (o.input_group, down.input_group) == (o.name, down.name)
+    assert [t.n_readers for t in (q, k, v, o, gate, up, down)] == [3, 3, 3, 1, 2, 2, 1]
+
+
+def test_readers_of_an_input_are_counted_whether_or_not_they_are_targets():
+    targets, _ = discover(make_model("llama"), targets=[r".*\.(v_proj|up_proj)"])
+    assert [(t.projection, t.n_readers) for t in targets[:2]] == [
+        ("self_attn.v_proj", 3),
+        ("mlp.up_proj", 2),
+    ]
+    assert {t.input_group for t in targets} == {t.name for t in targets}
 
 
 def test_qwen2_keeps_biases_and_tied_head():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -13,16 +14,6 @@ from cospadi.model.discover import discover
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.sensitivity import fisher_grams
 from tiny_models import VOCABULARY, make_model
-
-READERS = {
-    "q_proj": 3,
-    "k_proj": 3,
-    "v_proj": 3,
-    "o_proj": 1,
-    "gate_proj": 2,
-    "up_proj": 2,
-    "down_proj": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +37,7 @@ def stores(tmp_path_factory):
 def metric_of(stores, recipe, target, gram=None):
     store = getattr(stores, recipe.output_metric)
     gram = torch.eye(target.d_in, dtype=torch.float64) if gram is None else gram
-    readers = READERS[target.name.rsplit(".")[-1]]
-    return fisher_grams(store, target, gram, recipe, n_readers=readers)
+    return fisher_grams(store, target, gram, recipe)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +60,14 @@ def test_scales_where_outputs_are_more_than_inputs(stores, settings, expected):
     for target in stores.targets:
         _, output = metric_of(stores, recipe, target)
         assert isinstance(output, expected[target.d_out > target.d_in]), target.name
+
+
+def test_queries_keep_the_metric_where_they_are_more_than_inputs(stores):
+    recipe = Recipe(output_metric="fisher")
+    for target in stores.targets:
+        if target.d_out > target.d_in:
+            _, output = metric_of(stores, recipe, dataclasses.replace(target, n_readers=3))
+            assert isinstance(output, OutputMetric)
 
 
 def test_diagonal_scales_what_reads_the_residual_stream(stores):

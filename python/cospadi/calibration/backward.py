@@ -219,7 +219,7 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     One uniform number per token, found in the running sum of its probabilities: `torch.multinomial` draws one for every
     word of the vocabulary, which took as long as the logits themselves.
     """
-    sums = logits.softmax(-1).double().cumsum(-1)
+    sums = logits.softmax(-1).double().cumsum_(-1)  # in place: the largest tensors of a pass
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
     # above zero, so that no word without probability is found; rounding keeps the last sum from being one
     wanted = (1.0 - uniform).to(sums.device) * sums[:, -1:]

@@ -66,8 +66,12 @@ class HiddenStates:
         self._folder = folder
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as this
+        except OSError as error:
+            raise self._refused(error) from None
+        try:
             os.posix_fallocate(self._file.fileno(), 0, self._row_bytes * shape[0])
         except OSError as error:
+            self._file.close()
             raise self._refused(error) from None
 
     def get(self, part: slice) -> Tensor:

@@ -70,7 +70,11 @@ class StreamedBackward:
         self._decoder = StreamedDecoder(source)
         self._n_done = 0
         self._depths: list[HiddenStates] = []
-        self._gradients = self._forward(torch.Generator().manual_seed(seed))
+        try:
+            self._gradients = self._forward(torch.Generator().manual_seed(seed))
+        except BaseException:
+            self._close()
+            raise
 
     @property
     def n_blocks(self) -> int:
@@ -87,7 +91,11 @@ class StreamedBackward:
         _trace: TracebackType | None,
     ) -> None:
         """Let go of all files."""
-        for states in [*self._depths, self._gradients]:
+        self._close()
+        self._gradients.close()
+
+    def _close(self) -> None:
+        for states in self._depths:
             states.close()
         self._depths.clear()
 
@@ -121,21 +129,22 @@ class StreamedBackward:
         with decoder.outside_of_blocks():
             for part in (self._batches[0], self._batches[-1]):
                 decoder.prepare(self._ids[part])
-            hidden = embedded(decoder, self._ids, self._batches, self._folder)
+            self._depths.append(embedded(decoder, self._ids, self._batches, self._folder))
         for index, name in enumerate(names):
-            self._depths.append(hidden)
+            hidden = self._depths[-1]
             behind = HiddenStates(hidden.shape, self._folder)
+            self._depths.append(behind)
             with self._source.resident(name):
                 for part in self._batches:
                     behind.put(part, decoder.run(index, hidden.get(part)))
                     self._count()
-            hidden = behind
+        hidden = self._depths[-1]
         with self._source.resident("", without=names[0].rpartition(".")[0]):
             for part in self._batches:
                 hidden.put(
                     part, head_gradient(decoder, hidden.get(part), self._ids[part], generator)
                 )
-        return hidden
+        return self._depths.pop()
 
     def _count(self) -> None:
         self._n_done += 1

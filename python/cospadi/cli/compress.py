@@ -70,7 +70,10 @@ def compress_command(
     quiet_libraries()
     built = build_recipe(recipe, given, settings or [])
     from cospadi.pipeline.compress import compress
+    from cospadi.pipeline.heap import keep_heap
 
+    if max_memory is None:
+        keep_heap()
     with make_listener() as listener:
         result = compress(
             model,

@@ -250,6 +250,8 @@ def _learn(
             fitted.members, fitted.factors, settings.types, refit=settings.refit
         )
         results.append((fitted, rounded))
+    if len(results) == 1:
+        return results[0]
     return min(results, key=lambda result: rounding_error(members, result[1]))
 
 

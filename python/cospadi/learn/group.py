@@ -164,6 +164,6 @@ def unit_columns(factors: Sequence[FloatFactor]) -> list[FloatFactor]:
 
 def relative_group_error(members: Sequence[Member], factors: Sequence[FloatFactor]) -> float:
     """``sqrt(sum_l ||X_l (W_l - W~_l)||^2 / sum_l ||X_l W_l||^2)``; 0 for zero weights."""
-    total = group_error(members, [torch.zeros_like(member.weight) for member in members])
+    total = sum(member.energy for member in members)
     lost = group_error(members, [factor.dense_weight() for factor in factors])
     return (lost / total) ** 0.5 if total else 0.0

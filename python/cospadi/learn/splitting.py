@@ -78,6 +78,7 @@ class Split:
         self.weight = self._rotate(self._weigh(member.weight.float()))
         self.identity = _identity_atoms(member, self.signals)
         self.dictionary = dictionary
+        self.problem = self._room()
         self._place_atoms()
         self.sparse = self._start()
         self.dual = torch.zeros_like(self.sparse)
@@ -197,26 +198,43 @@ class Split:
     def _ridge_solution(self, ridge: float, right: torch.Tensor) -> torch.Tensor:
         """``right (gram + ridge I)^-1``.
 
-        With as many rows as atoms or more one product with the inverse is faster than two triangular solves (1536 rows
-        and 824 atoms: 30 ms instead of 45), and at the conditions that the ridge leaves as accurate (3e-7 apart).
+        With as many rows as atoms or more one product with the inverse is as fast as two triangular solves, and at the
+        conditions that the ridge leaves as accurate (3e-7 apart). With fewer, solves from the right are faster than
+        those of `torch.cholesky_solve` (576 rows and 1632 atoms: 38 ms instead of 51).
         """
         lower = ridged_factor(self.problem.gram, ridge, self._checks)
         if right.shape[0] < lower.shape[0]:
-            return torch.cholesky_solve(right.T, lower).T
+            half = torch.linalg.solve_triangular(lower.mT, right, upper=True, left=False)
+            return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
         return multiply(right, torch.cholesky_inverse(lower), self._products)
+
+    def _room(self) -> CodingProblem:
+        """Products of the identity atoms, and room for those of the learned ones."""
+        fixed, n_atoms = self.identity, self.dictionary.shape[1]
+        if not n_atoms:
+            return CodingProblem(fixed.gram, fixed.correlations, fixed.lengths)
+        size = self.d_in + n_atoms
+        gram = fixed.gram.new_empty((size, size))
+        gram[: self.d_in, : self.d_in] = fixed.gram
+        correlations = fixed.correlations.new_empty((fixed.correlations.shape[0], size))
+        correlations[:, : self.d_in] = fixed.correlations
+        return CodingProblem(gram, correlations, fixed.lengths)
 
     def _place_atoms(self) -> None:
         """Products of the unit-norm atoms with one another and with the (rotated) signals."""
-        fixed = self.identity
-        gram, correlations, lengths = fixed.gram, fixed.correlations, fixed.lengths
-        if self.dictionary.shape[1]:
-            # float32 as all products here: in float64 this one would cost as much as the step itself
-            rows, own_lengths = _unit_rows((fixed.factor @ self.dictionary.float()).T)
-            cross, own = rows @ fixed.unit.T, rows @ rows.T
-            gram = torch.cat([torch.cat([gram, cross.T], 1), torch.cat([cross, own], 1)])
-            gram.diagonal().fill_(1.0)
-            correlations = torch.cat([correlations, self.signals @ rows.T], 1)
-            lengths = torch.cat([lengths, own_lengths])
+        fixed, d_in = self.identity, self.d_in
+        if not self.dictionary.shape[1]:
+            return
+        # float32 as all products here: in float64 this one would cost as much as the step itself
+        rows, own_lengths = _unit_rows((fixed.factor @ self.dictionary.float()).T)
+        gram, correlations = self.problem.gram, self.problem.correlations
+        cross = rows @ fixed.unit.T
+        gram[d_in:, :d_in] = cross
+        gram[:d_in, d_in:] = cross.T
+        gram[d_in:, d_in:] = rows @ rows.T
+        gram.diagonal()[d_in:] = 1.0
+        correlations[:, d_in:] = self.signals @ rows.T
+        lengths = torch.cat([fixed.lengths, own_lengths])
         self.problem = CodingProblem(gram, correlations, lengths)
 
     def _start(self) -> torch.Tensor:

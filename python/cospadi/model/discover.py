@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -53,6 +54,8 @@ class TargetLinear:
         Index of the decoder block, None outside the blocks.
     projection
         Name within the block, for example ``self_attn.q_proj``: equal for the same layer of every block.
+    n_readers
+        Linears that are expected to see the same input, this one and those that are no targets included.
     """
 
     name: str
@@ -63,6 +66,7 @@ class TargetLinear:
     input_group: str
     block: int | None
     projection: str
+    n_readers: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def discover(
             f"nothing to compress: no linear layer of {type(model).__name__}'s decoder blocks is selected{left_out}"
         )
     found = [_describe(name, candidates[name], blocks) for name in candidates if name in chosen]
-    return _with_input_groups(found), skipped
+    readers = Counter(_family(name, _features(module)[0]) for name, module in candidates.items())
+    return _with_input_groups(found, readers), skipped
 
 
 def match_names(pattern: str, names: Iterable[str], *, argument: str) -> list[str]:
@@ -288,17 +293,25 @@ def _describe(
     )
 
 
-def _with_input_groups(found: Sequence[TargetLinear]) -> list[TargetLinear]:
-    leaders: dict[tuple[str, int, int], str] = {}
+_Family = tuple[str, int | str, int]
+
+
+def _family(name: str, d_in: int) -> _Family:
+    """What siblings with one input have in common; a linear without siblings has its own."""
+    parent, _, last = name.rpartition(".")
+    number = next((n for n, family in enumerate(_INPUT_FAMILIES) if last in family), None)
+    return (parent, last if number is None else number, d_in)
+
+
+def _with_input_groups(
+    found: Sequence[TargetLinear], readers: Mapping[_Family, int]
+) -> list[TargetLinear]:
+    leaders: dict[_Family, str] = {}
     grouped = []
     for target in found:
-        parent, _, last = target.name.rpartition(".")
-        for number, family in enumerate(_INPUT_FAMILIES):
-            if last in family:
-                leader = leaders.setdefault((parent, number, target.d_in), target.name)
-                target = replace(target, input_group=leader)
-                break
-        grouped.append(target)
+        family = _family(target.name, target.d_in)
+        leader = leaders.setdefault(family, target.name)
+        grouped.append(replace(target, input_group=leader, n_readers=readers[family]))
     return grouped
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cospadi import native
+from cospadi.calibration.blockwise import BlockwiseError
 from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
@@ -39,8 +40,9 @@ from cospadi.pipeline.executor import (
 )
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
+from cospadi.pipeline.heap import bound_heap
 from cospadi.pipeline.job import Job
-from cospadi.pipeline.memory import Needs, available_bytes, bound_heap, choose_layout
+from cospadi.pipeline.memory import Needs, available_bytes, choose_layout
 from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_size, recipe_from_mapping
@@ -287,8 +289,15 @@ def _run(
     if by_similarity:
         groups = groups_by_similarity(source, targets, recipe, grams)
         stages.end("search for similar layers")
-    if grams is not None and recipe.output_metric != "none":
-        fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
+    if grams is not None and recipe.metric != "none":
+        try:
+            fisher = prepare_fisher(grams, targets, Path(gram_cache or work.path / "fisher"))
+        except (InputError, BlockwiseError) as error:
+            if recipe.output_metric is not None:
+                raise
+            log.emit("warning", text=f"errors of all outputs count alike, no gradients: {error}")
+            recipe = dataclasses.replace(recipe, output_metric="none")
+            grams = dataclasses.replace(grams, recipe=recipe)
         stages.end("gradients of the outputs")
     if grams is not None and recipe.allocation == "loss":
         allocation = allocate_ratios(grams, fisher, targets, work)

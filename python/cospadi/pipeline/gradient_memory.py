@@ -38,8 +38,8 @@ def gradient_bytes(model: nn.Module, targets: Sequence[TargetLinear], recipe: Re
 def head_bytes(model: nn.Module) -> int:
     """What the logits of a chunk of tokens take with labels drawn from them and gradients."""
     vocabulary = int(getattr(input_embeddings(model), "num_embeddings", LARGE_VOCABULARY))
-    # four of float32, one of float64 for drawing labels
-    return 6 * 4 * max(HEAD_VALUES, HEAD_TOKENS * vocabulary)
+    # logits with probabilities and their running sum in float64, or with three more on the way back
+    return 4 * 4 * max(HEAD_VALUES, HEAD_TOKENS * vocabulary)
 
 
 def gradient_matrix_bytes(
@@ -52,9 +52,9 @@ def gradient_matrix_bytes(
     for target in targets:
         block = target.block if by_block else None
         size = 4 * target.d_in**2  # the Gram of its input with weighted tokens
-        if recipe.output_metric == "fisher":
+        if recipe.metric == "fisher":
             size += 4 * target.d_out**2
-        sums[block] += size if recipe.output_metric != "none" else 0
+        sums[block] += size if recipe.weighs_outputs(target) else 0
         largest = max(largest, size)
         if recipe.allocation == "loss":
             changes[block] += 2 * SLOPE_RATIOS * target.d_in * target.d_out

@@ -156,9 +156,7 @@ class Job:
                 for name in item.members:
                     self._take(
                         name,
-                        self._statistics(
-                            name, item.gram, metric, item.n_tokens, n_readers=len(item.members)
-                        ),
+                        self._statistics(name, item.gram, metric, item.n_tokens),
                     )
 
     def _statistics(
@@ -168,14 +166,12 @@ class Job:
         metric: InputMetric,
         n_tokens: int,
         target: torch.Tensor | None = None,
-        *,
-        n_readers: int,
     ) -> Statistics:
         """Statistics with what the gradients of the module's output say."""
         output = None
         if self.fisher is not None and metric.gram is not None:
             weighted, output = fisher_grams(
-                self.fisher, self.targets[name], metric.gram, self.recipe, n_readers=n_readers
+                self.fisher, self.targets[name], metric.gram, self.recipe
             )
             if weighted is not None:
                 metric = InputMetric(name, metric.gram, weighted)
@@ -249,7 +245,6 @@ class Job:
                 sequential_target(
                     weight, moments.gram, moments.cross, 1.0 if shrinkage is None else shrinkage
                 ),
-                n_readers=len(item.members),
             )
             for name, weight in weights.items()
         }

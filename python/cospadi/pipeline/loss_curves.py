@@ -200,7 +200,6 @@ def _coarse_fits(
                         gram,
                         whitening,
                         grams.recipe,
-                        n_readers=len(item.members),
                     )
                 weight = grams.source.weight(pending[name])[0].to(grams.device)
                 given = FitInput(name, weight, None, gram, metric, output=output)

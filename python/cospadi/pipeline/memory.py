@@ -6,7 +6,6 @@ takes ``40 MiB + 13 P + 3 Q`` with ``P = 8 d_in d_out`` and ``Q = 8 d_in^2`` byt
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,8 +35,6 @@ _CHUNK_BYTES = 16 << 20
 _LIBRARY_BYTES = 16 << 20
 """What libraries take when they are first used."""
 _MOST_BUFFERED_ROWS = 4096
-_MMAP_THRESHOLD = 1 << 20
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,6 @@ def available_bytes() -> int:
         limit = int((group / "memory.max").read_text())
         found.append(limit - int((group / "memory.current").read_text()))
     return min(found) if found else 1 << 62
-
-
-def bound_heap() -> None:
-    """Let freed tensors go back to the system: glibc otherwise keeps what lies below its growing threshold."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def whole_model_setting(recipe: Recipe) -> str | None:

@@ -19,6 +19,7 @@ from cospadi.learn.methods import METHODS, DictionaryKind
 from cospadi.learn.options import Init, LearnOptions, Unused, Update
 from cospadi.learn.quantize import INTEGER_BITS, Rounding, StorageTypes
 from cospadi.learn.widths import AUTO, LOWEST_BITS, integer_types, kept_bits, removed_share
+from cospadi.model.discover import TargetLinear
 
 RECIPE_VERSION = 1
 
@@ -119,11 +120,12 @@ class Recipe:
         (`cospadi.pipeline.allocation`; dictionaries with identity atoms only).
     allocation_reach : float
         How far a linear's share may lie from `ratio`.
-    output_metric : {"none", "diagonal", "fisher"}
+    output_metric : {"none", "diagonal", "fisher"} or None
         How errors of different outputs of a layer count: alike, or by what they do to the model's prediction
         (`cospadi.learn.output_metric`; dictionaries with identity atoms only). ``diagonal``: each output by itself,
         which costs the fits nothing; ``fisher``: together, but where floating-point weights have more outputs than
-        inputs.
+        inputs. None: ``diagonal`` where there are identity atoms and calibration text, and where the model can run
+        backwards; a model that cannot is fitted without, and the log says so.
     backward_samples : int or None
         Calibration windows that are also run backwards, for the output metric and for the allocation. None: 32, or 8
         where only the diagonal of the metric is wanted.
@@ -195,7 +197,7 @@ class Recipe:
     learned_share: float = 0.2
     allocation: Allocation = "uniform"
     allocation_reach: float = 0.4
-    output_metric: OutputMetricKind = "none"
+    output_metric: OutputMetricKind | None = None
     backward_samples: int | None = None
     reconstruction: Reconstruction = "none"
     reconstruction_epochs: int = 4
@@ -243,13 +245,11 @@ class Recipe:
         _check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
         if self.dictionary is not None:
             _check_choice("dictionary", self.dictionary, get_args(DictionaryKind))
-        # said once here, so that a written recipe says it too
-        object.__setattr__(self, "dictionary", self.atoms)
-        object.__setattr__(self, "backward_samples", self.backward_windows)
+        if self.output_metric is not None:
+            _check_choice("output_metric", self.output_metric, get_args(OutputMetricKind))
         for name, kind in (
             ("group_objective", GroupObjective),
             ("grouping", Grouping),
-            ("output_metric", OutputMetricKind),
             ("allocation", Allocation),
             ("reconstruction", Reconstruction),
         ):
@@ -266,10 +266,11 @@ class Recipe:
             "sequence_length",
             "batch_size",
             "group_size",
-            "backward_samples",
+            "backward_windows",
             "reconstruction_epochs",
         ):
             value = getattr(self, name)
+            name = {"backward_windows": "backward_samples"}.get(name, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
         if self.sequence_length < 2:
@@ -315,7 +316,7 @@ class Recipe:
             raise InputError("sequential: needs calibration text and a method that uses it")
         if self.shrinkage is not None and not 0.0 <= self.shrinkage <= 1.0:
             raise InputError(f"shrinkage: expected 0 to 1, got {self.shrinkage!r}")
-        if self.dictionary != "learned" and self.method != "cospadi":
+        if self.atoms != "learned" and self.method != "cospadi":
             raise InputError(
                 f"dictionary: {self.method} has its own, expected learned, got {self.dictionary}"
             )
@@ -331,7 +332,7 @@ class Recipe:
         if self.atoms == "auto" and self.group_size > 1:
             raise InputError("dictionary: auto works with group_size 1, a choice for every linear")
         for name, value, off in (
-            ("output_metric", self.output_metric, "none"),
+            ("output_metric", self.metric, "none"),
             ("allocation", self.allocation, "uniform"),
         ):
             if value == off:
@@ -407,15 +408,34 @@ class Recipe:
     @property
     def uses_gradients(self) -> bool:
         """Whether calibration text is run backwards."""
-        wanted = self.output_metric != "none" or self.allocation == "loss"
+        wanted = self.metric != "none" or self.allocation == "loss"
         return wanted and self.uses_calibration
+
+    @property
+    def metric(self) -> OutputMetricKind:
+        """`output_metric`, or what the other settings allow."""
+        if self.output_metric is not None:
+            return self.output_metric
+        has_inputs = self.method == "cospadi" and self.atoms != "learned"
+        return "diagonal" if has_inputs and self.calibration != NO_CALIBRATION else "none"
+
+    def weighs_outputs(self, target: TargetLinear) -> bool:
+        """Whether gradients at the target's output enter its fit.
+
+        With the diagonal alone not for weights that write to the residual stream, which it does not help: those are
+        told by being the only reader of their input (q, k, v share theirs, gate and up do) and having no more outputs
+        than inputs.
+        """
+        if self.metric == "diagonal":
+            return target.n_readers > 1 or target.d_out > target.d_in
+        return self.metric == "fisher"
 
     @property
     def backward_windows(self) -> int:
         """`backward_samples`, or the default that fits what they are for."""
         if self.backward_samples is not None:
             return self.backward_samples
-        return 8 if self.output_metric == "diagonal" and self.allocation == "uniform" else 32
+        return 8 if self.metric != "fisher" and self.allocation == "uniform" else 32
 
     @property
     def atoms(self) -> DictionaryKind:
@@ -467,6 +487,10 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for YAML and JSON; `cospadi.pipeline.recipe_file.recipe_from_mapping` reads it back."""
         data = dataclasses.asdict(self)
+        # a written recipe says what was chosen
+        data["dictionary"] = self.atoms
+        data["output_metric"] = self.metric
+        data["backward_samples"] = self.backward_windows
         data["targets"] = list(self.targets)
         data["ignore"] = list(self.ignore)
         data["group_targets"] = list(self.group_targets)

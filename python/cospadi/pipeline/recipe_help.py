@@ -28,6 +28,9 @@ ONLY_IN_FILES = {
 
 EXAMPLE_OVERRIDES = r"[{match: '.*\.down_proj', ratio: 0.1}]"
 
+_CHOSEN = ("dictionary", "output_metric", "backward_samples")
+"""Settings whose default depends on others."""
+
 _JSON_TYPES = {float: "number", int: "integer", bool: "boolean", str: "string"}
 
 _WIDTH = 100
@@ -94,8 +97,8 @@ def starting_file(preset: str | None = None) -> str:
             names = f" Such as {EXAMPLE_OVERRIDES}"
         lines += ["", *_comment(meaning + names)]
         value = {"preset": preset or "fast", "bits": None}.get(name, values.get(name))
-        if name == "dictionary" and (preset is None or "dictionary" not in PRESETS[preset]):
-            value = None  # the choice depends on other settings
+        if name in _CHOSEN and (preset is None or name not in PRESETS[preset]):
+            value = None
         text = yaml.safe_dump({name: value}, sort_keys=False, width=_WIDTH).rstrip()
         active = name == "ratio" or (name == "preset" and preset is not None)
         lines += text.splitlines() if active else [f"# {line}" for line in text.splitlines()]
@@ -131,7 +134,8 @@ def schema() -> dict[str, Any]:
             entry.pop("type", None)
             entry["enum"] = [*known[name], None] if is_optional else list(known[name])
         properties[name] = entry
-    properties["dictionary"]["default"] = None
+    for name in _CHOSEN:
+        properties[name]["default"] = None
     properties["target_size"]["type"] = ["integer", "string", "null"]
     properties["overrides"] |= {
         "type": ["array", "null"],

@@ -28,8 +28,10 @@ ATTENTION_READERS = 3
 """As many linears read one input where they are q, k and v."""
 
 
-def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: Path) -> FisherStore:
-    """Collect the Fisher matrices of all targets' outputs, or their diagonals, that `folder` does not hold yet.
+def prepare_fisher(
+    grams: GramSource, targets: Sequence[TargetLinear], folder: Path
+) -> FisherStore | None:
+    """Collect the Fisher matrices of targets' outputs, or their diagonals, that `folder` does not hold yet.
 
     Parameters
     ----------
@@ -39,8 +41,21 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
         All targets.
     folder : Path
         Keeps the matrices.
+
+    Returns
+    -------
+    FisherStore or None
+        With the matrices of those targets that use them; None if none does.
+
+    Raises
+    ------
+    InputError, BlockwiseError
+        The model does not run backwards, or gradients are not finite.
     """
     recipe, log = grams.recipe, grams.log
+    targets = [target for target in targets if recipe.weighs_outputs(target)]
+    if not targets:
+        return None
     limit = recipe.max_gram_gb
     with grams.running_model() as model:
         store = FisherStore(
@@ -49,7 +64,7 @@ def prepare_fisher(grams: GramSource, targets: Sequence[TargetLinear], folder: P
             grams.calibration.ids[: recipe.backward_windows],
             weights=grams.source.fingerprint,
             seed=recipe.seed,
-            is_diagonal=recipe.output_metric == "diagonal",
+            is_diagonal=recipe.metric == "diagonal",
             spill=grams.work,
         )
         seconds = store.prepare(
@@ -67,8 +82,6 @@ def fisher_metrics(
     gram: torch.Tensor,
     whitening: Whitening,
     recipe: Recipe,
-    *,
-    n_readers: int,
 ) -> tuple[Whitening, OutputMetric | RowScales | None]:
     """Metrics of a target's inputs and outputs.
 
@@ -84,15 +97,13 @@ def fisher_metrics(
         Of it.
     recipe : Recipe
         Settings of the fit that they are for.
-    n_readers : int
-        Targets that receive this input.
 
     Returns
     -------
     (Whitening, OutputMetric, RowScales or None)
         The first is that of the activation Gram, except where a few tokens carry the gradient: there they weigh more.
     """
-    mixed, output = fisher_grams(fisher, target, gram, recipe, n_readers=n_readers)
+    mixed, output = fisher_grams(fisher, target, gram, recipe)
     if mixed is None:
         return whitening, output
     try:
@@ -106,29 +117,26 @@ def fisher_grams(
     target: TargetLinear,
     gram: torch.Tensor,
     recipe: Recipe,
-    *,
-    n_readers: int,
 ) -> tuple[torch.Tensor | None, OutputMetric | RowScales | None]:
     """Gram to whiten in place of ``gram [d_in, d_in]`` where a few tokens carry the gradient; output metric.
 
     Both lie on the device of `gram`. With ``output_metric: fisher`` a weight with more outputs than inputs has scales
     of its rows in place of the metric: beside its diagonal such an F is noise, and more than half of a fit's time
-    (docs/results.md). Integers keep the metric, in which their rounding errors answer each other.
+    (docs/results.md). Integers keep the metric, in which their rounding errors answer each other, and so do q, k and v,
+    of whose outputs attention reads mixtures.
 
-    With ``output_metric: diagonal`` there are scales alone, and not for weights that write to the residual stream,
-    which they do not help: those are told by being the only reader of their input (q, k, v share theirs, gate and up
-    do) and having no more outputs than inputs. Integers have no scales: their rows are rounded each by itself.
+    With ``output_metric: diagonal`` there are scales alone; not for integers, whose rows are rounded each by itself.
     """
-    is_rounded = recipe.coeffs_dtype is not None and recipe.coeffs_dtype not in STORAGE_DTYPES
-    is_wide = target.d_out > target.d_in
-    output: OutputMetric | RowScales | None
-    if recipe.output_metric == "diagonal" and n_readers < 2 and not is_wide:
+    if not recipe.weighs_outputs(target):
         return None, None
-    if recipe.output_metric == "diagonal" or (is_wide and not is_rounded):
+    is_rounded = recipe.coeffs_dtype is not None and recipe.coeffs_dtype not in STORAGE_DTYPES
+    for_attention = target.n_readers >= ATTENTION_READERS
+    is_wide = target.d_out > target.d_in and not for_attention
+    output: OutputMetric | RowScales | None
+    if recipe.metric == "diagonal" or (is_wide and not is_rounded):
         diagonal = fisher.load_diagonal(target).to(gram.device)
-        # gate and up; attention reads mixtures of the outputs of q, k and v
-        power = DAMPED if n_readers < ATTENTION_READERS else 1.0
-        output = row_scales(diagonal, target.name, power=power)
+        # the root for gate and up
+        output = row_scales(diagonal, target.name, power=1.0 if for_attention else DAMPED)
     else:
         output = output_metric(fisher.load(target).to(gram.device), target.name)
     weighted = None if output is None else fisher.load_weighted_gram(target)
