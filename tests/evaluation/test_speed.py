@@ -15,9 +15,9 @@ from cospadi.evaluation.timing import (
     measure_in_turn,
     read_peak,
     summarise,
-    torch_threads,
 )
 from cospadi.native import CODE_FORMATS
+from cospadi.native.support import torch_threads
 
 
 def test_contenders_take_turns():

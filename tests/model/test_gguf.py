@@ -152,3 +152,19 @@ def test_file_that_is_no_gguf(tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(InputError, match="not a GGUF file"):
         open_source(path)
+
+
+def test_the_file_is_parsed_once(gguf_files, monkeypatch):
+    original, parsed = gguf.GGUFReader, []
+
+    class Counting(original):
+        def __init__(self, path, *args, **kwargs):
+            parsed.append(str(path))
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    open_source(gguf_files["q8"])
+    assert parsed == [str(gguf_files["q8"])]
+    assert gguf.GGUFReader is Counting  # as before: nothing is kept after the model is open
+    open_source(gguf_files["f32"])
+    assert parsed[1:] == [str(gguf_files["f32"])]

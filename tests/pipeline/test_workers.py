@@ -46,6 +46,9 @@ def reference(tiny_model_dir, tiny_text, tmp_path_factory):
         ("llama", 2, {"sequential": True}),
         ("llama", 2, {"output_metric": "fisher", "backward_samples": 4}),
         ("llama", 2, {"output_metric": "diagonal", "backward_samples": 4}),
+        # two threads: fits side by side in one process, one by one in each worker
+        ("llama", 2, {"num_threads": 2}),
+        ("llama", 1, {"num_threads": 2, "group_size": 2, "dictionary": "learned", "iterations": 2}),
     ],
 )
 def test_any_number_of_workers_gives_the_same_manifest(

@@ -14,7 +14,7 @@ from torch import nn
 
 from cospadi import native
 from cospadi.errors import CospadiError
-from cospadi.evaluation.timing import Timing, clock_of, measure_in_turn, torch_threads
+from cospadi.evaluation.timing import Timing, clock_of, measure_in_turn
 from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.factor.spec import FactorSpec
 from cospadi.learn.budget import StorageWidths
@@ -22,6 +22,7 @@ from cospadi.learn.methods import factor_size
 from cospadi.model.huge_pages import use_huge_pages
 from cospadi.model.layers import CospadiLinear
 from cospadi.native import CODE_FORMATS
+from cospadi.native.support import torch_threads
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm2-135m": ((576, 576), (576, 192), (576, 1536), (1536, 576)),

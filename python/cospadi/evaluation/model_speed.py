@@ -11,8 +11,9 @@ import torch
 
 from cospadi.checkpoint.load import load
 from cospadi.errors import InputError
-from cospadi.evaluation.timing import Timing, summarise, torch_threads
+from cospadi.evaluation.timing import Timing, summarise
 from cospadi.model.layers import compressed_modules
+from cospadi.native.support import torch_threads
 
 
 @dataclass(frozen=True)

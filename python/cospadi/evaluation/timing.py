@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from cospadi.native.support import torch_threads
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,6 @@ def summarise(seconds: list[float], clock: str) -> Timing:
     else:
         lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median, lower, upper, min(seconds), len(seconds), clock)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Set torch's thread count, which the native kernels follow, for a while."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
 
 
 def gemm_peak(dtype: torch.dtype, threads: int, size: int = 1024) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from cospadi.model.files import (
     read_json,
     vocabulary_file,
 )
+from cospadi.model.gguf_once import gguf_parsed_once
 from cospadi.model.locate import Kind, Location, one_line, resolve
 
 if TYPE_CHECKING:
@@ -128,11 +129,12 @@ def open_source(
     if location.gguf_file is None:
         stored = check_weight_files(location.folder)
         check_tokenizer_files(location.folder)
-    config = load_config(location, stored)
-    if stored is not None:
-        check_size(config, stored, location.name)
-    tokenizer = load_tokenizer(location)
-    model, notes = _load_model(location, config)
+    with gguf_parsed_once() if location.gguf_file else nullcontext():
+        config = load_config(location, stored)
+        if stored is not None:
+            check_size(config, stored, location.name)
+        tokenizer = load_tokenizer(location)
+        model, notes = _load_model(location, config)
     _check_finite(model, location.name)
     _check_runs(model, tokenizer, location.name)
     path = location.folder / location.gguf_file if location.gguf_file else location.folder

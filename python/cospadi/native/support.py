@@ -82,6 +82,17 @@ def row_stride(tensor: torch.Tensor) -> int:
     return max(tensor.stride(0), tensor.shape[1]) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Set the threads of torch, which the native kernels follow, for a while and for this thread of Python alone."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
+
+
 def thread_count(num_threads: int | None) -> int:
     """Threads of a call: the caller's number, or torch's setting for None."""
     if num_threads is None:

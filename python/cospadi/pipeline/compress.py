@@ -219,7 +219,7 @@ def compress(
     had_log = log_file.exists()
     try:
         with EventLog(log_file, listener) as log:
-            with closing(_executor(executor, workers, work, log, place)) as runner:
+            with closing(_executor(executor, workers, work, log, place, needs)) as runner:
                 result = _run(
                     source,
                     calibration,
@@ -282,6 +282,7 @@ def _run(
             spill,
             device,
             work.path,
+            None if needs is None else needs.fits_bytes,
         )
         if recipe.reconstruction == "blockwise":
             check_blockwise(grams)
@@ -450,14 +451,20 @@ def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -
 
 
 def _executor(
-    kind: ExecutorKind, workers: int | None, work: WorkDir, log: EventLog, device: torch.device
+    kind: ExecutorKind,
+    workers: int | None,
+    work: WorkDir,
+    log: EventLog,
+    device: torch.device,
+    needs: Needs | None,
 ) -> Executor:
     if kind == "ray":
         from cospadi.pipeline.ray_executor import RayExecutor
 
         return RayExecutor(work, log, workers)
     if workers is None:
-        return InProcess(work, log, device)
+        most_bytes = None if needs is None else needs.fits_bytes
+        return InProcess(work, log, device, most_bytes=most_bytes)
     return QueueExecutor(work, log, workers, most_bytes=queued_bytes(work.path))
 
 

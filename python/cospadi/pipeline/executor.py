@@ -19,6 +19,7 @@ from cospadi.learn.learner import IterationStats
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason, run_task
 from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
+from cospadi.pipeline.side_by_side import SideBySide
 from cospadi.pipeline.workdir import WorkDir, process_name, report_data
 from cospadi.pipeline.worker import POLL_S
 
@@ -54,6 +55,9 @@ class Executor(Protocol):
     def submit(self, task: FitTask, done: Done) -> None:
         """Take a task, now or when there is room."""
 
+    def free_cores(self) -> None:
+        """Wait for the tasks that run in this process: it is about to compute something itself."""
+
     def drain(self) -> None:
         """Wait for all tasks."""
 
@@ -62,39 +66,72 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Fits at once, in this process, on one device."""
+    """Fits in this process on one device: those for one thread side by side, others alone with all threads.
 
-    def __init__(self, work: WorkDir, log: EventLog, device: torch.device = CPU) -> None:
+    Parameters
+    ----------
+    work : WorkDir
+        Where results go.
+    log : EventLog
+        Hears of progress.
+    device : torch.device
+        Of the fits; on any but the CPU they follow one another.
+    most_bytes : int, optional
+        See `SideBySide`.
+    """
+
+    def __init__(
+        self,
+        work: WorkDir,
+        log: EventLog,
+        device: torch.device = CPU,
+        *,
+        most_bytes: int | None = None,
+    ) -> None:
         self._work = work
         self._log = log
         self._device = device
+        self._fits = SideBySide(most_bytes)
 
     def submit(self, task: FitTask, done: Done) -> None:
-        """Fit a task and commit its results.
+        """Fit a task, at once or beside others as soon as there is room, and commit its results.
 
         Raises
         ------
         InputError
             A result cannot be written.
         """
+        self._fits.submit(
+            lambda: self._outcome(task),
+            done,
+            shape=task.shape,
+            on_one_thread=task.on_one_thread and self._device == CPU,
+        )
 
+    def free_cores(self) -> None:
+        """Wait for all tasks."""
+        self.drain()
+
+    def drain(self) -> None:
+        """Wait for all tasks."""
+        self._fits.drain()
+
+    def close(self) -> None:
+        """End the fits that still run, at their next iteration."""
+        self._fits.close()
+
+    def _outcome(self, task: FitTask) -> Outcome:
         def progress(stats: IterationStats) -> None:
+            self._fits.check()
             self._log.progress("iteration", module=task.name, **vars(stats))
 
         try:
             results = run_task(task, progress, self._device)
         except FIT_ERRORS as error:
-            done(Outcome(task.names, failure_reason(error, task.name)))
-            return
+            return Outcome(task.names, failure_reason(error, task.name))
         for name, (factor, report) in zip(task.names, results, strict=True):
             self._work.store(name, factor, report_data(report))
-        done(Outcome(task.names))
-
-    def drain(self) -> None:
-        """Nothing waits."""
-
-    def close(self) -> None:
-        """Nothing to let go of."""
+        return Outcome(task.names)
 
 
 class QueueExecutor:
@@ -162,6 +199,9 @@ class QueueExecutor:
         n_bytes = self.queue.publish(task, self._work.fingerprint)
         self._pending[task.name] = _Pending(task.names, n_bytes, done)
         self._collect()
+
+    def free_cores(self) -> None:
+        """Nothing to wait for: workers are processes of their own."""
 
     def drain(self) -> None:
         """Wait for all tasks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
@@ -14,11 +15,19 @@ from cospadi.learn.fit import FitInput, FitReport, FitSettings, fit
 from cospadi.learn.learner import IterationStats
 from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.whitening import Whitening, WhiteningError, identity_whitening, whiten_gram
+from cospadi.native.support import torch_threads
 
 CPU = torch.device("cpu")
 
 # torch's own allocations; matrix products of other alignments may give other bits
 _ALIGNMENT = 64
+
+MOST_ON_ONE_THREAD = 1 << 23
+"""Weights of a task up to which it is fitted on one thread.
+
+Products of such sizes hardly gain from a second thread; fits side by side do. Larger ones have all threads: as many of
+them at a time would take too much memory.
+"""
 
 FIT_ERRORS = (CospadiError, RuntimeError, ValueError, ArithmeticError)
 """What numbers that no fit can take end in. They come again in every attempt: the matrix stays dense."""
@@ -42,6 +51,7 @@ class InputMetric:
     gram: torch.Tensor | None
     weighted: torch.Tensor | None = None
     _factors: dict[torch.device, Whitening] = field(default_factory=dict, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def whitening(self, device: torch.device, d_in: int) -> Whitening:
         """The metric's factor for `d_in` inputs, computed and kept on a device.
@@ -51,9 +61,13 @@ class InputMetric:
         WhiteningError, InputError
             There is none.
         """
-        if device not in self._factors:
-            self._factors[device] = self._factor(device, d_in)
-        return self._factors[device]
+        # fits that share the metric may ask side by side, on any number of threads: the bits are those of one thread,
+        # but for inputs whose fits all have the process's threads
+        is_small = d_in * d_in <= MOST_ON_ONE_THREAD
+        with self._lock, torch_threads(1 if is_small else torch.get_num_threads()):
+            if device not in self._factors:
+                self._factors[device] = self._factor(device, d_in)
+            return self._factors[device]
 
     def _factor(self, device: torch.device, d_in: int) -> Whitening:
         if self.gram is None:
@@ -116,11 +130,14 @@ class FitTask:
     ----------
     cost : float
         Work estimate; the largest tasks are begun first.
+    on_one_thread : bool
+        Whatever the threads of the process: others may then run beside it. Bits depend on it.
     """
 
     members: tuple[TaskMember, ...]
     settings: FitSettings
     cost: float
+    on_one_thread: bool = False
 
     @property
     def name(self) -> str:
@@ -128,9 +145,19 @@ class FitTask:
         return self.members[0].name
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Inputs, and outputs of all members together."""
+        return self.members[0].d_in, sum(member.weight.shape[0] for member in self.members)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of all members."""
         return tuple(member.name for member in self.members)
+
+
+def fits_one_thread(d_in: int, d_out: int) -> bool:
+    """Whether a fit of so many inputs and outputs (of all members) is one for one thread."""
+    return d_in * max(d_in, d_out) <= MOST_ON_ONE_THREAD
 
 
 def run_task(
@@ -151,6 +178,13 @@ def run_task(
     FIT_ERRORS
         The members must stay dense; the message says why.
     """
+    with torch_threads(1 if task.on_one_thread else torch.get_num_threads()):
+        return _run(task, progress, device)
+
+
+def _run(
+    task: FitTask, progress: Callable[[IterationStats], None] | None, device: torch.device
+) -> list[tuple[SparseFactor, FitReport]]:
     inputs = []
     for member in task.members:
         statistics = member.statistics

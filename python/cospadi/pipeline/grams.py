@@ -48,6 +48,8 @@ class GramSource:
         Folder for what a streamed model needs to run backwards.
     device : torch.device
         Where activations, gradients and fits are computed. Grams come on the CPU, where the model lies.
+    fits_bytes : int or None
+        Room for fits at a time, see `cospadi.pipeline.side_by_side.SideBySide`.
     """
 
     source: SourceModel | StreamedSource
@@ -59,6 +61,7 @@ class GramSource:
     spill: Path | None = None
     device: torch.device = CPU
     work: Path | None = None
+    fits_bytes: int | None = None
 
     @contextmanager
     def running_model(self) -> Iterator[nn.Module | StreamedSource]:

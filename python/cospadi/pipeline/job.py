@@ -26,7 +26,14 @@ from cospadi.model.streamed import StreamedSource
 from cospadi.pipeline.coverage import Coverage, coverage_event, coverage_warnings
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Executor, Outcome
-from cospadi.pipeline.fit_task import CPU, FitTask, InputMetric, Statistics, TaskMember
+from cospadi.pipeline.fit_task import (
+    CPU,
+    FitTask,
+    InputMetric,
+    Statistics,
+    TaskMember,
+    fits_one_thread,
+)
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
@@ -158,6 +165,7 @@ class Job:
                         name,
                         self._statistics(name, item.gram, metric, item.n_tokens),
                     )
+            self.executor.free_cores()  # for the next pass
 
     def _statistics(
         self,
@@ -280,6 +288,10 @@ class Job:
             ),
             self._settings(members[0]),
             sum(member.cost for member in members),
+            # sequential calibration waits for every one before the next: nothing can run beside them
+            on_one_thread=self.device == CPU
+            and not self.recipe.sequential
+            and fits_one_thread(members[0].d_in, sum(member.d_out for member in members)),
         )
         self.executor.submit(task, self._finish)
 

@@ -12,28 +12,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from statistics import mean
 
+import torch
 from torch import Tensor
 
 from cospadi.calibration.fisher import FisherStore
 from cospadi.calibration.probe import PROBE_BYTES, measure_losses
+from cospadi.calibration.statistics import ActivationGram
 from cospadi.errors import FitError
 from cospadi.learn.allocation import HIGHEST, LOWEST, LossCurve
 from cospadi.learn.fit import FitInput, FitSettings, fit
+from cospadi.learn.learner import IterationStats
 from cospadi.learn.methods import factor_size
 from cospadi.learn.quantize import INTEGER_BITS
 from cospadi.learn.whitening import WhiteningError, whiten_gram
 from cospadi.learn.widths import AUTO, integer_ratios, kept_bits
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamedSource
+from cospadi.native.support import torch_threads
 from cospadi.pipeline.costs import COARSE_GROWTH, COARSE_START, SLOPE_BLOCKS
+from cospadi.pipeline.fit_task import CPU, fits_one_thread
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.sensitivity import fisher_metrics
+from cospadi.pipeline.side_by_side import SideBySide
 from cospadi.pipeline.workdir import WorkDir
 
 CURVE_OFFSETS = (-0.1, 0.0, 0.2)
@@ -183,45 +189,77 @@ def _coarse_fits(
     """Fit what has no stored changes yet; names of the targets that have them in the end."""
     fitted = {t.name for t in targets if _has_changes(work, t.name, len(ratios[t.name]))}
     pending = {target.name: target for target in targets if target.name not in fitted}
-    for finished in grams.collect(list(pending.values())):
-        while finished.grams:
-            item = finished.grams.pop(next(iter(finished.grams)))
-            gram = item.gram.to(grams.device)
-            try:
-                whitening = whiten_gram(gram, item.members[0])
-            except WhiteningError:
-                continue  # the fit says so, and keeps them dense
-            for name in item.members:
-                metric, output = whitening, None
-                if fisher is not None:
-                    metric, output = fisher_metrics(
-                        fisher,
-                        pending[name],
-                        gram,
-                        whitening,
-                        grams.recipe,
+
+    def store(name: str, changes: list[Tensor] | None) -> None:
+        if changes is None:
+            grams.log.emit(
+                "warning",
+                text=f"{name}: no coarse fit at {ratios[name]}; it takes no part in the allocation and keeps "
+                f"ratio {grams.recipe.ratio}",
+            )
+            return
+        for index, change in enumerate(changes):
+            work.store_tensor("changes", f"{name}.{index}", change)
+        fitted.add(name)
+        grams.log.progress("coarse", module=name, done=len(fitted), total=len(targets))
+
+    with SideBySide(grams.fits_bytes) as fits:
+        for finished in grams.collect(list(pending.values())):
+            while finished.grams:
+                item = finished.grams.pop(next(iter(finished.grams)))
+                for given in _coarse_inputs(grams, fisher, pending, item):
+                    d_out, d_in = given.weight.shape
+                    is_small = grams.device == CPU and fits_one_thread(d_in, d_out)
+                    fits.submit(
+                        partial(
+                            _coarse_changes, given, grams.recipe, ratios[given.name], is_small, fits
+                        ),
+                        partial(store, given.name),
+                        shape=(d_in, d_out),
+                        on_one_thread=is_small,
                     )
-                weight = grams.source.weight(pending[name])[0].to(grams.device)
-                given = FitInput(name, weight, None, gram, metric, output=output)
-                factors = _coarse_factors(given, grams.recipe, ratios[name])
-                if factors is None:
-                    grams.log.emit(
-                        "warning",
-                        text=f"{name}: no coarse fit at {ratios[name]}; it takes no part in the allocation and keeps "
-                        f"ratio {grams.recipe.ratio}",
-                    )
-                    continue
-                for index, change in enumerate(factors):
-                    work.store_tensor("changes", f"{name}.{index}", change)
-                fitted.add(name)
-                grams.log.progress("coarse", module=name, done=len(fitted), total=len(targets))
+            fits.drain()  # the next pass over the text needs the cores
     return fitted
 
 
-def _coarse_factors(
-    given: FitInput, recipe: Recipe, ratios: Sequence[float]
+def _coarse_inputs(
+    grams: GramSource,
+    fisher: FisherStore | None,
+    targets: Mapping[str, TargetLinear],
+    item: ActivationGram,
+) -> Iterator[FitInput]:
+    """Inputs of the coarse fits of the linears that share a Gram; none where no fit can use it."""
+    gram = item.gram.to(grams.device)
+    try:
+        whitening = whiten_gram(gram, item.members[0])
+    except WhiteningError:
+        return  # the fit says so, and keeps them dense
+    for name in item.members:
+        metric, output = whitening, None
+        if fisher is not None:
+            metric, output = fisher_metrics(fisher, targets[name], gram, whitening, grams.recipe)
+        weight = grams.source.weight(targets[name])[0].to(grams.device)
+        yield FitInput(name, weight, None, gram, metric, output=output)
+
+
+def _coarse_changes(
+    given: FitInput,
+    recipe: Recipe,
+    ratios: Sequence[float],
+    on_one_thread: bool,
+    fits: SideBySide,
 ) -> list[Tensor] | None:
     """Changes of the weight (bfloat16) by coarse fits; None where a ratio leaves nothing, or a fit fails."""
+    with torch_threads(1 if on_one_thread else torch.get_num_threads()):
+        return _changes_at(given, recipe, ratios, lambda _: fits.check())
+
+
+def _changes_at(
+    given: FitInput,
+    recipe: Recipe,
+    ratios: Sequence[float],
+    progress: Callable[[IterationStats], None],
+) -> list[Tensor] | None:
     options = dataclasses.replace(
         recipe.learn_options(),
         first_penalty=max(COARSE_START, recipe.first_penalty),
@@ -247,7 +285,7 @@ def _coarse_factors(
         with_refit = types.coeffs in INTEGER_BITS
         settings = FitSettings(recipe.method, size, types, options, refit=with_refit)
         try:
-            ((factor, _),) = fit([given], settings)
+            ((factor, _),) = fit([given], settings, progress=progress)
         except FitError:
             return None
         approximation = factor.dense_weight(device=given.weight.device)

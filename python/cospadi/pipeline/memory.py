@@ -13,12 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from cospadi.errors import InputError
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
 from cospadi.pipeline.costs import embedding_width
+from cospadi.pipeline.fit_task import fits_one_thread
 from cospadi.pipeline.gradient_memory import (
     backward_batch,
     depth_bytes,
@@ -71,6 +73,8 @@ class Needs:
         Interpreter and libraries, measured in this process.
     stages : dict
         Bytes above them by stage; the largest decides.
+    fits_bytes : int
+        Part of the stage "fits" that fits in progress take: one at least, at most as many as there are threads.
     worker_bytes : int
         Of all worker processes together.
     work_disk_bytes, output_bytes : int
@@ -80,6 +84,7 @@ class Needs:
     layout: Layout
     base_bytes: int
     stages: dict[str, int]
+    fits_bytes: int
     worker_bytes: int
     work_disk_bytes: int
     output_bytes: int
@@ -145,7 +150,7 @@ def choose_layout(
     """The first way of running a compression that fits.
 
     Loaded as a whole; streamed; with hidden states on disk; with one Gram at a time; with smaller batches, the only
-    step that changes a bit of the result.
+    step that changes a bit of the result. What is left of the memory is for further fits at a time.
 
     Parameters
     ----------
@@ -172,14 +177,18 @@ def choose_layout(
     layouts = possible_layouts(targets, recipe, spill=spill, is_streamable=hindrance is None)
     if not layouts:
         raise InputError(f"spill: {hindrance} needs the whole model in memory; leave it out")
-    needs = [estimate(model, targets, plan, recipe, layout, workers) for layout in layouts]
-    if limit is None:
-        bound = available_bytes() + resident_bytes()
-        fitting = [found for found in needs if found.peak_bytes <= bound]
-        return fitting[0] if fitting else needs[-1]
+
+    def needs_of(layout: Layout, fits_bytes: int) -> Needs:
+        return estimate(model, targets, plan, recipe, layout, workers, fits_bytes=fits_bytes)
+
+    bound = available_bytes() + resident_bytes() if limit is None else limit
+    needs = [needs_of(layout, 0) for layout in layouts]
     for found in needs:
-        if found.peak_bytes <= limit:
-            return found
+        if found.peak_bytes <= bound:
+            others = found.base_bytes + found.stages["fits"] - found.fits_bytes + found.worker_bytes
+            return needs_of(found.layout, bound - others)
+    if limit is None:
+        return needs[-1]
     least = min(needs, key=lambda item: item.peak_bytes)
     stage = max(least.stages, key=lambda name: least.stages[name])
     because = f"; {hindrance} needs the whole model" if hindrance else ""
@@ -215,6 +224,19 @@ def fit_bytes(d_in: int, d_out: int) -> int:
     return _FIXED_FIT_BYTES + 13 * 8 * d_in * d_out + 3 * 8 * d_in * d_in
 
 
+def all_fits_bytes(plan: Plan, recipe: Recipe, most: int | None) -> int:
+    """Bound on the memory of the fits of one process at a time; `most` as for `estimate`."""
+    shapes = [(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()]
+    largest = max(fit_bytes(*shape) for shape in shapes)
+    if recipe.sequential:
+        return largest
+    abreast = sorted(
+        (fit_bytes(*shape) for shape in shapes if fits_one_thread(*shape)), reverse=True
+    )
+    together = max(largest, sum(abreast[: torch.get_num_threads()]))
+    return together if most is None else max(largest, min(together, most))
+
+
 def estimate(
     model: nn.Module,
     targets: Sequence[TargetLinear],
@@ -222,8 +244,14 @@ def estimate(
     recipe: Recipe,
     layout: Layout,
     workers: int | None = None,
+    *,
+    fits_bytes: int | None = None,
 ) -> Needs:
-    """What a layout takes; arguments as for `choose_layout`."""
+    """What a layout takes; arguments as for `choose_layout`.
+
+    Fits take at most `fits_bytes`, except that one runs in any case; None: as many as there are threads, where they are
+    fits for one.
+    """
     blocks = dict(decoder_blocks(model))
     sizes = {id(p): p.numel() for p in model.parameters()}
     in_blocks = {id(p) for block in blocks.values() for p in block.parameters()}
@@ -238,9 +266,7 @@ def estimate(
     grams, waiting = gram_bytes(
         targets, recipe, max_bytes=layout.max_gram_bytes, by_block=layout.is_streamed
     )
-    fit = max(
-        fit_bytes(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()
-    )
+    fit = all_fits_bytes(plan, recipe, fits_bytes)
     if workers:
         fit = max(8 * m.d_in**2 + 8 * m.d_in * m.d_out for m in plan.modules)
     stored = plan.stored_bits // 8
@@ -293,6 +319,7 @@ def estimate(
         layout,
         resident_bytes() + _LIBRARY_BYTES,
         stages,
+        fit,
         worker,
         stored + on_disk + queue,
         output,

@@ -69,6 +69,9 @@ class RayExecutor:
         self._waiting.append((task.cost, task.name, task.names, done))
         self._collect(0.0)
 
+    def free_cores(self) -> None:
+        """Nothing to wait for: the cluster's workers are processes of their own."""
+
     def drain(self) -> None:
         """Wait for all tasks."""
         while self._pending or self._waiting:

@@ -83,11 +83,12 @@ def resources(
         seconds["fits"] /= workers
     ways = []
     for layout in layouts:
-        needs = estimate(shapes, targets, plan, recipe, layout, workers)
+        is_chosen = layout == chosen.layout
+        needs = chosen if is_chosen else estimate(shapes, targets, plan, recipe, layout, workers)
         ways.append(
             {
                 "how": _described(layout, recipe),
-                "is_chosen": layout == chosen.layout,
+                "is_chosen": is_chosen,
                 "peak_bytes": needs.peak_bytes,
                 "stages": needs.stages,
                 "work_disk_bytes": needs.work_disk_bytes,
@@ -115,7 +116,7 @@ def _on_device(
         )
     found = estimate_device(shapes, targets, plan, recipe)
     (layout, *_) = possible_layouts(targets, recipe, spill=False, is_streamable=False)
-    needs = estimate(shapes, targets, plan, recipe, layout)
+    needs = estimate(shapes, targets, plan, recipe, layout, fits_bytes=0)
     pinned = 0 if isinstance(found, str) else found.hidden_bytes
     way = {
         "how": _described(layout, recipe) + (", hidden states pinned" if pinned else ""),

@@ -27,7 +27,7 @@ from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import StorageTypes
 from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember
 
-TASK_VERSION = 2
+TASK_VERSION = 3
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*", re.ASCII)
 _MOST_NAME = 200
@@ -91,6 +91,7 @@ def task_data(task: FitTask, fingerprint: str) -> tuple[dict[str, Any], bytes]:
         "task_version": TASK_VERSION,
         "fingerprint": fingerprint,
         "cost": task.cost,
+        "on_one_thread": task.on_one_thread,
         "sha256": hashlib.sha256(data).hexdigest(),
         "members": members,
         "settings": settings,
@@ -181,7 +182,10 @@ def read_task(record_file: Path, tensor_file: Path) -> FitTask:
             )
         )
     settings = _settings(record.get("settings"), f"{record_file}: settings")
-    return FitTask(tuple(members), settings, float(record["cost"]))
+    on_one_thread = record.get("on_one_thread")
+    if not isinstance(on_one_thread, bool):
+        raise CheckpointError(f"{record_file}: on_one_thread: got {brief(on_one_thread)}")
+    return FitTask(tuple(members), settings, float(record["cost"]), on_one_thread)
 
 
 def _head(record: dict[str, Any], path: Path) -> TaskHead:
