@@ -1,50 +1,19 @@
-"""The command line: the contract scripts rely on, and one line per error."""
+"""The command line: the contract scripts rely on."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from cli_commands import one_line
 
-from cospadi.cli import app
 from cospadi.cli.common import megabytes
-
-FAST = ["--samples", "8", "--sequence-length", "64", "--iterations", "1"]
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cospadi", *map(str, arguments)])
-        code = 0
-        try:
-            app.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def compressed(tiny_model_dir, tiny_text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cli") / "small"
-    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
-    command += ["--ratio", "0.3", "--calibration", tiny_text, *FAST]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return out, done.stdout
 
 
 def test_compress_prints_plain_lines_and_leaves_a_log(compressed):
@@ -145,99 +114,6 @@ def test_report_is_written_again_with_measurements(copied, cli, tiny_text, tmp_p
     assert code == 2 and "none.json: cannot be read" in one_line(stderr)
 
 
-def one_line(stderr: str) -> str:
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1, stderr
-    return lines[0]
-
-
-@pytest.fixture
-def copied(compressed, tmp_path) -> Path:
-    return Path(shutil.copytree(compressed[0], tmp_path / "copied"))
-
-
-def test_verify_without_a_manifest_says_so(copied, cli):
-    (copied / "cospadi_manifest.json").unlink()
-    code, stdout, stderr = cli("verify", copied)
-    assert code == 0 and one_line(stderr).startswith("note: cospadi_manifest.json is missing")
-    assert "shapes, masks and values of 14 modules hold" in stdout and "hashes" not in stdout
-
-
-def test_verify_exit_codes(copied, cli, tiny_model_dir, tmp_path):
-    code, stdout, _ = cli("verify", "--help")
-    assert code == 0 and all(text in stdout for text in ("Exit codes", "0 every", "2 no", "4 some"))
-    for folder in (tmp_path / "nothing", tiny_model_dir("llama")):
-        code, _, stderr = cli("verify", folder)
-        assert code == 2 and one_line(stderr).startswith("error: ")
-    code, _, stderr = cli("verify", copied, "--calibration", "builtin")
-    assert code == 2 and "--source" in one_line(stderr)
-    code, _, stderr = cli("verify", copied, "--source", tiny_model_dir("gpt2"))
-    assert code == 4 and "another model" in one_line(stderr)
-    weights = copied / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    code, _, stderr = cli("verify", copied)
-    assert code == 4 and "truncated" in one_line(stderr)
-
-
-def test_a_compressed_folder_without_a_tokenizer(copied, cli, tiny_text, tmp_path):
-    (copied / "tokenizer.json").unlink()
-    ids = tmp_path / "ids.safetensors"
-    save_file({"evaluation": torch.arange(2, 300)}, ids)
-    by_ids = ["eval", copied, "--context", 64, "--text", ids]
-    commands = (
-        ["eval", copied, "--context", 64, "--text", tiny_text],
-        ["generate", copied, "--prompt", "The"],
-    )
-    for command in commands:
-        code, _, stderr = cli(*command)
-        assert code == 2 and f"error: {copied} has no tokenizer" in one_line(stderr)
-    (copied / "tokenizer_config.json").unlink()
-    code, stdout, stderr = cli(*by_ids)
-    assert code == 0 and "4 windows of 64" in stdout, stderr
-
-
-@pytest.mark.parametrize("content", ["[1", "{}", '{"modules": {}}', None])
-def test_inspect_tells_when_the_report_is_missing_or_damaged(copied, cli, content):
-    report = copied / "cospadi_report.json"
-    if content is None:
-        report.unlink()
-    else:
-        report.write_text(content)
-    code, stdout, stderr = cli("inspect", copied)
-    assert code == 0 and "error ?" in stdout
-    state = "missing" if content is None else "damaged or incomplete"
-    assert one_line(stderr).startswith(f"warning: {report} is {state}: the errors of 14 of 14")
-    code, stdout, _ = cli("inspect", copied, "--json", "-")
-    assert code == 0 and len(json.loads(stdout)["modules"]) == 14
-
-
-def test_inspect_of_a_report_with_one_wrong_error(copied, cli):
-    report = json.loads((copied / "cospadi_report.json").read_text())
-    report["modules"]["model.layers.0.mlp.up_proj"]["relative_error"] = "small"
-    report["failed"] = [3]
-    (copied / "cospadi_report.json").write_text(json.dumps(report))
-    code, stdout, stderr = cli("inspect", copied)
-    assert code == 0 and stdout.count("error ?") == 1 and "1 of 14" in one_line(stderr)
-
-
-def test_surplus_tensors_are_reported(cli, damaged_dir, tmp_path):
-    weights = damaged_dir / "model.safetensors"
-    extra = {"model.layers.2.mlp.up_proj.weight": torch.zeros(3, 3), "z.weight": torch.zeros(3)}
-    save_file(load_file(weights) | extra, weights, metadata={"format": "pt"})
-    ids = tmp_path / "ids.safetensors"
-    save_file({"evaluation": torch.arange(2, 300)}, ids)
-    for command in (
-        ["eval", damaged_dir, "--context", 64, "--text", ids],
-        ["export", "--dense", damaged_dir, "--out", tmp_path / "dense"],
-        ["generate", damaged_dir, "--prompt", "The", "--max-new-tokens", 2],
-    ):
-        code, _, stderr = cli(*command)
-        assert code == 0
-        first = stderr.splitlines()[0]
-        assert first.startswith("warning: damaged: 2 tensors of the checkpoint"), stderr
-        assert "first model.layers.2.mlp.up_proj.weight" in first
-
-
 def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir("llama"), tmp_path / "copy")
     (copy / "model.safetensors").unlink()
@@ -258,25 +134,6 @@ def test_a_plan_for_a_gpu_needs_none(cli, tiny_model_dir, tmp_path):
     assert code == 0 and "not known with sequential True" in said
     code, said, _ = cli("plan", source, *words, "--calibration", "none")
     assert code == 0 and "fits alone" in said and "pinned" not in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["compress", "--ratio", "abc"], "--ratio"),
-        (["plan", "x", "--samplse", "3"], "--samplse"),
-        (["plan"], "MODEL"),
-        (["generate", "x"], "--prompt"),
-        (["nonsense"], "nonsense"),
-        (["--nonsense"], "--nonsense"),
-        (["compress", "x", "--out", "y", "--device", "cuda"], "cuda"),
-    ],
-)
-def test_usage_errors_give_one_line_and_exit_2(arguments, words, cli):
-    code, stdout, stderr = cli(*arguments)
-    assert code == 2 and stdout == ""
-    line = one_line(stderr)
-    assert line.startswith("error: ") and words.lower() in line.lower()
 
 
 def test_help_and_version(cli):
@@ -344,19 +201,6 @@ def test_recipes_are_written_shown_and_checked(cli, tmp_path):
     assert code == 2 and "nonsense" in one_line(stderr)
 
 
-def test_errors_of_recipe_files_name_line_and_key(cli, tiny_model_dir, tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("samples: 8\n\nratio: big\n")
-    wanted = f"error: {recipe} line 3: ratio: expected a number, got 'big'"
-    code, _, stderr = cli("recipe", "validate", recipe)
-    assert code == 2 and one_line(stderr) == wanted
-    compress = ("compress", tiny_model_dir("llama"), "--out", tmp_path / "o", "--recipe", recipe)
-    code, _, stderr = cli(*compress)
-    assert code == 2 and one_line(stderr) == wanted
-    code, _, stderr = cli(*compress, "--set", "ratio=small")  # this one is not in the file
-    assert code == 2 and one_line(stderr) == wanted.replace(" line 3", "").replace("big", "small")
-
-
 def test_help_is_fast_and_imports_no_torch():
     code = """
 import sys
@@ -374,116 +218,6 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert time.perf_counter() - start < 10  # a second in practice; loaded machines are slow
 
 
-def _damage(folder: Path, kind: str) -> None:
-    weights = folder / "model.safetensors"
-    if kind == "no tokenizer":
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / name).unlink(missing_ok=True)
-    elif kind == "nan":
-        tensors = load_file(weights)
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "no config":
-        (folder / "config.json").unlink()
-    elif kind == "config is not json":
-        (folder / "config.json").write_text("{model_type: llama")
-    elif kind == "config lies":
-        config = json.loads((folder / "config.json").read_text())
-        config["hidden_size"] = 4096
-        (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("no tokenizer", "tokenizer"),
-        ("nan", "model.layers.1.mlp.up_proj.weight"),
-        ("truncated", "model.safetensors"),
-        ("no config", "config.json"),
-        ("config is not json", "config.json"),
-        ("config lies", "damaged"),
-    ],
-)
-def test_damaged_models_give_one_line_and_exit_2(
-    kind, words, cli, damaged_dir, tiny_text, tmp_path
-):
-    _damage(damaged_dir, kind)
-    code, _, stderr = cli(
-        "compress", damaged_dir, "--out", tmp_path / "o", "--calibration", tiny_text, *FAST
-    )
-    assert code == 2, stderr
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
-    assert words in lines[0], stderr
-    assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--ratio", "1.5"], "ratio"),
-        (["--ratio", "0"], "ratio"),
-        (["--method", "magic"], "method"),
-        (["--target", "nothing_like_this"], "nothing_like_this"),
-        (["--target", "("], "regular expression"),
-        (["--samples", "100000"], "tokens"),
-        (["--calibration", "missing/file.txt"], "missing/file.txt"),
-        (["--set", "nonsense"], "key=value"),
-        (["--set", "ratoi=0.3"], "did you mean ratio"),
-        (["--recipe", "missing.yaml"], "missing.yaml"),
-        (["--device", "tpu"], "device"),
-        (["--threads", "0"], "threads"),
-        (["--ignore", ".*proj"], "nothing to compress"),
-        (["--ratio", "0.999"], "nothing to compress"),
-    ],
-)
-def test_bad_options_give_one_line_and_exit_2(
-    options, words, cli, tiny_model_dir, tiny_text, tmp_path
-):
-    arguments = [
-        "compress",
-        tiny_model_dir("llama"),
-        "--out",
-        tmp_path / "o",
-        "--calibration",
-        tiny_text,
-        *FAST,
-    ]
-    code, _, stderr = cli(*arguments, *options)
-    assert code == 2, stderr
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1 and words in lines[0], stderr
-    assert not (tmp_path / "o").exists()
-
-
-def test_text_shorter_than_a_window(cli, tiny_model_dir, compressed, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("only a few words")
-    for command in (
-        [
-            "compress",
-            tiny_model_dir("llama"),
-            "--out",
-            tmp_path / "o",
-            "--calibration",
-            short,
-            *FAST,
-        ],
-        ["eval", compressed[0], "--text", short, "--context", "64"],
-    ):
-        code, _, stderr = cli(*command)
-        assert code == 2 and "token" in stderr and len(stderr.strip().splitlines()) == 1, stderr
-
-
-def test_unwritable_output(cli, tiny_model_dir, tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    code, _, stderr = cli("compress", tiny_model_dir("llama"), "--out", blocker / "out")
-    assert code == 2 and "cannot be written" in stderr
-
-
 @pytest.mark.parametrize(
     ("option", "ratio"), [(("--ratio", 0.5), 0.5), (("--set", "ratio=0.5"), 0.5), ((), 0.75)]
 )
@@ -497,98 +231,6 @@ def test_a_budget_on_the_command_line_replaces_the_files(
     )
     assert code == 0
     assert json.loads(stdout)["ratio"]["stored"] == pytest.approx(ratio, abs=0.02)
-
-
-def test_unwritable_json_is_refused_before_the_work(cli, tiny_model_dir, tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    for command in (
-        ("eval", "no such model", "--text", "no such text"),
-        ("generate", "no such model", "--prompt", "The"),
-    ):
-        code, _, stderr = cli(*command, "--json", blocker / "result.json")
-        assert code == 2 and "--json" in stderr and "cannot be written" in stderr
-
-
-def test_layers_left_dense_after_a_failure_give_exit_3(cli, damaged_dir, tiny_text, tmp_path):
-    weights = damaged_dir / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.layers.1.input_layernorm.weight"].zero_()
-    save_file(tensors, weights, metadata={"format": "pt"})
-    code, _, stderr = cli(
-        "compress", damaged_dir, "--out", tmp_path / "o", "--calibration", tiny_text, *FAST
-    )
-    assert code == 3, stderr
-    assert "partial" in stderr and "self_attn.q_proj" in stderr
-    assert (tmp_path / "o/config.json").exists()
-
-
-def interruptible() -> None:
-    # a test run in the background of a shell ignores the signal, and its children do too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_ctrl_c_says_that_the_same_command_resumes(tiny_model_dir, tiny_text, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
-    command += ["--calibration", tiny_text, "--samples", 16, "--sequence-length", 64]
-    command = list(map(str, [*command, "--iterations", 3]))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=interruptible,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[3/"):
-            os.kill(process.pid, signal.SIGINT)
-            break
-    _, stderr = process.communicate()
-    assert process.returncode == 130
-    assert one_line(stderr) == "interrupted; what is finished is kept, the same command resumes"
-    assert not out.exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "resuming: " in done.stdout
-    assert (out / "config.json").exists()
-
-
-def test_ctrl_c_elsewhere_promises_nothing(cli, monkeypatch, tmp_path):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("cospadi.pipeline.verify.verify_checkpoint", interrupt)
-    code, _, stderr = cli("verify", tmp_path)
-    assert code == 130 and one_line(stderr) == "interrupted"
-
-
-def test_kill_9_leaves_nothing_that_loads_and_resumes(tiny_model_dir, tiny_text, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "cospadi", "compress", tiny_model_dir("llama"), "--out", out]
-    command += [
-        "--calibration",
-        tiny_text,
-        "--samples",
-        8,
-        "--sequence-length",
-        64,
-        "--iterations",
-        3,
-    ]
-    command = list(map(str, command))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[3/"):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    assert not out.exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "resuming: " in done.stdout
-    assert (out / "config.json").exists()
 
 
 def test_plan_takes_the_settings_of_compress(cli, tiny_model_dir, tmp_path):
@@ -623,3 +265,17 @@ def test_atoms_are_shown_with_the_inputs_among_them(cli, tiny_model_dir, tmp_pat
 )
 def test_sizes_are_never_in_powers_of_ten(n_bytes, text):
     assert megabytes(n_bytes) == text
+
+
+def test_eval_shows_how_far_it_is_on_a_terminal(compressed, tiny_text):
+    terminal, theirs = os.openpty()
+    command = [sys.executable, "-m", "cospadi", "eval", compressed[0], "--text", tiny_text]
+    command += ["--context", "64", "--windows", "3"]
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    said = os.read(terminal, 10_000).decode()
+    os.close(theirs)
+    os.close(terminal)
+    assert "perplexity: 1 of 3 windows, 0:0" in said and said.endswith("\r\x1b[K")
+    assert done.stdout.decode().startswith("perplexity ") and b"\x1b" not in done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from cospadi.cli.common import (
     word_list,
     write_json,
 )
+from cospadi.cli.live import duration
 from cospadi.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,8 +70,10 @@ def eval_command(
         from cospadi.evaluation.tasks import check_tasks
 
         check_tasks(names, data_dir=task_data)
+    from cospadi.pipeline.heap import keep_heap
     from cospadi.pipeline.open_model import open_model, require_tokenizer
 
+    keep_heap()
     if names or not str(text).endswith(".safetensors"):  # a file of token ids needs none
         require_tokenizer(model)
     opened, tokenizer = open_model(model, dtype=dtype, warn=show_warning)
@@ -79,7 +84,12 @@ def eval_command(
 
         ids = tokenize_text(tokenizer, text)
         perplexity = evaluate_perplexity(
-            opened, ids, context=context, windows=windows, batch_size=batch_size
+            opened,
+            ids,
+            context=context,
+            windows=windows,
+            batch_size=batch_size,
+            progress=_progress_line("perplexity", "windows") if sys.stderr.isatty() else None,
         )
         data |= perplexity.to_dict() | {"text": text}
         if not quiet:
@@ -97,7 +107,7 @@ def eval_command(
             data_dir=task_data,
             limit=limit,
             batch_size=task_batch_size,
-            progress=_show_progress if sys.stderr.isatty() else None,
+            progress=_task_progress() if sys.stderr.isatty() else None,
         )
         data |= results.to_dict()
         if not quiet:
@@ -105,10 +115,28 @@ def eval_command(
     write_json(json_out, data)
 
 
-def _show_progress(task: str, finished: int, total: int) -> None:
-    """Redraw one line of a terminal, and clear it at the end."""
-    line = f"{task}: {finished} of {total} requests" if finished < total else ""
-    typer.echo(f"\r\x1b[K{line}", nl=False, err=True)
+def _progress_line(name: str, unit: str) -> Callable[[int, int], None]:
+    """Return what redraws one line of a terminal with the time left, and clears it at the end."""
+    start = time.monotonic()
+
+    def show(finished: int, total: int) -> None:
+        line = ""
+        if finished < total:
+            left = (time.monotonic() - start) * (total - finished) / max(finished, 1)
+            line = f"{name}: {finished} of {total} {unit}, {duration(left)} left"
+        typer.echo(f"\r\x1b[K{line}", nl=False, err=True)
+
+    return show
+
+
+def _task_progress() -> Callable[[str, int, int], None]:
+    """Return a line for each task."""
+    lines: dict[str, Callable[[int, int], None]] = {}
+
+    def show(task: str, finished: int, total: int) -> None:
+        lines.setdefault(task, _progress_line(task, "requests"))(finished, total)
+
+    return show
 
 
 def _print_tasks(results: TaskResults) -> None:
