@@ -51,6 +51,8 @@ def variants() -> dict[str, tuple[LearnOptions, float]]:
         table[f"power iterations {count}"] = (replace(PAPER, power_iterations=count), 2.0)
     for ratio in (1.0, 1.25, 1.5, 1.75, 2.5, 3.0, 4.0):
         table[f"k/s {ratio:g}"] = (PAPER, ratio)
+    for ratio in (1.5, 2.5, 3.0, 4.0, 6.0):
+        table[f"fast k/s {ratio:g}"] = (FAST, ratio)
     return table
 
 
@@ -104,7 +106,7 @@ def main() -> None:
         if name in done or (args.only and name not in args.only):
             continue
         data = data or matrices(args)
-        if name not in ("fast", "best"):
+        if not name.startswith(("fast", "best")):
             options = replace(options, iterations=args.iterations)
         done[name] = run(name, options, k_over_s, data, args.ratio)
         args.out.write_text(json.dumps(done, indent=1) + "\n")

@@ -123,10 +123,10 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
         If the file became shorter or cannot be read.
     """
     if info.nbytes == 0:
-        return torch.empty(info.shape, dtype=info.dtype)
+        return torch.empty(info.shape, dtype=info.dtype, device="cpu")
     # Memory from torch starts at a cache line. Elsewhere (in a bytearray) the start changes from process to process,
     # and with it the last bits of products in the libraries below: runs from the same files would differ.
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
     try:
         with info.file.open("rb") as stream:
             stream.seek(info.offset)

@@ -127,9 +127,9 @@ def omp_encode(
     if signal_energies is not None:
         check_tensor(name, "signal_energies", signal_energies, (n_signals,), (gram.dtype,))
         signal_energies = unit_stride_rows(signal_energies)
-        residual_energies = torch.empty(n_signals, dtype=gram.dtype)
-    indices = torch.empty((n_signals, sparsity), dtype=torch.int32)
-    coeffs = torch.empty((n_signals, sparsity), dtype=gram.dtype)
+        residual_energies = torch.empty(n_signals, dtype=gram.dtype, device=gram.device)
+    indices = torch.empty((n_signals, sparsity), dtype=torch.int32, device=gram.device)
+    coeffs = torch.empty((n_signals, sparsity), dtype=gram.dtype, device=gram.device)
     encode = _C.omp_encode_f32 if gram.dtype == torch.float32 else _C.omp_encode_f64
     with native_errors(name):
         n_padded, workspace_bytes, n_passes, n_rows = encode(

@@ -307,7 +307,7 @@ def decode_coeffs(
     codes = codes.contiguous()
     scale, scale_values = scale_arguments(scale)
     d_out, row_bytes = codes.shape
-    out = torch.empty((d_out, sparsity))
+    out = torch.empty((d_out, sparsity), dtype=torch.float32, device=codes.device)
     with native_errors(name):
         _C.decode_coeffs(
             codes.data_ptr(),
@@ -353,7 +353,7 @@ def pack_fields(values: torch.Tensor, bits: int, *, num_threads: int | None = No
     check_tensor(name, "values", values, (None, None), (torch.int32,))
     values = values.contiguous()
     rows, n = values.shape
-    packed = torch.empty((rows, field_row_bytes(n, bits)), dtype=torch.uint8)
+    packed = torch.empty((rows, field_row_bytes(n, bits)), dtype=torch.uint8, device=values.device)
     with native_errors(name):
         _C.pack_fields(
             values.data_ptr(), rows, n, bits, packed.data_ptr(), thread_count(num_threads)
@@ -393,7 +393,7 @@ def unpack_fields(
         raise InputError(f"{name}: n: expected at least 0, got {n}")
     check_tensor(name, "packed", packed, (None, field_row_bytes(n, bits)), (torch.uint8,))
     packed = packed.contiguous()
-    values = torch.empty((packed.shape[0], n), dtype=torch.int32)
+    values = torch.empty((packed.shape[0], n), dtype=torch.int32, device=packed.device)
     with native_errors(name):
         _C.unpack_fields(
             packed.data_ptr(),

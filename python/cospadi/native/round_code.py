@@ -150,8 +150,8 @@ def round_code(
         check_tensor(name, "indices", indices, (n_rows, sparsity), (torch.int32,))
         indices = unit_stride_rows(indices)
     gram, coeffs, steps = unit_stride_rows(gram), unit_stride_rows(coeffs), unit_stride_rows(steps)
-    fields = torch.empty((n_rows, sparsity), dtype=torch.int32)
-    errors = torch.empty(n_rows) if with_errors else None
+    fields = torch.empty((n_rows, sparsity), dtype=torch.int32, device=gram.device)
+    errors = torch.empty(n_rows, dtype=torch.float32, device=gram.device) if with_errors else None
     with native_errors(name):
         n_raised, n_plain, n_moves, workspace_bytes = _C.round_code(
             gram.data_ptr(),

@@ -59,7 +59,7 @@ def select_largest(
         found: torch.Tensor = torch.ops.cospadi.select_largest(scores, count)
         return found
     scores = unit_stride_rows(scores)
-    indices = torch.empty((n_rows, count), dtype=torch.int32)
+    indices = torch.empty((n_rows, count), dtype=torch.int32, device=scores.device)
     select = _C.select_largest_f32 if scores.dtype == torch.float32 else _C.select_largest_f64
     with native_errors(name):
         select(

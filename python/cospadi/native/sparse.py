@@ -167,7 +167,9 @@ def pack_mask(indices: torch.Tensor, n_atoms: int) -> torch.Tensor:
     check_tensor(name, "indices", indices, (None, None), (torch.int32,))
     _check_atoms(name, n_atoms)
     indices = indices.detach().contiguous()
-    mask = torch.empty((indices.shape[0], mask_row_bytes(n_atoms)), dtype=torch.uint8)
+    mask = torch.empty(
+        (indices.shape[0], mask_row_bytes(n_atoms)), dtype=torch.uint8, device=indices.device
+    )
     with native_errors(name):
         _C.pack_mask(
             indices.data_ptr(), indices.shape[0], indices.shape[1], n_atoms, mask.data_ptr()
@@ -196,7 +198,7 @@ def unpack_mask(mask: torch.Tensor, n_atoms: int, sparsity: int) -> torch.Tensor
         As `validate_mask`.
     """
     mask = _checked_mask("unpack_mask", mask, n_atoms, sparsity)
-    indices = torch.empty((mask.shape[0], sparsity), dtype=torch.int32)
+    indices = torch.empty((mask.shape[0], sparsity), dtype=torch.int32, device=mask.device)
     with native_errors("unpack_mask"):
         _C.unpack_mask(mask.data_ptr(), mask.shape[0], n_atoms, sparsity, indices.data_ptr())
     return indices

@@ -63,5 +63,5 @@ def coding_problem(signals: torch.Tensor, atoms: torch.Tensor) -> CodingProblem:
 
 def support_mask(indices: torch.Tensor, n_atoms: int) -> torch.Tensor:
     """``[n, n_atoms]`` float32 with ones at ``indices [n, s]``."""
-    mask = torch.zeros((indices.shape[0], n_atoms), device=indices.device)
+    mask = torch.zeros((indices.shape[0], n_atoms), dtype=torch.float32, device=indices.device)
     return mask.scatter_(1, indices.long(), 1.0)
