@@ -14,6 +14,7 @@ import torch
 from cli_commands import one_line
 
 from cospadi.cli.common import megabytes
+from cospadi.cli.live import Eta
 
 
 def test_compress_prints_plain_lines_and_leaves_a_log(compressed):
@@ -207,6 +208,7 @@ import sys
 sys.argv = ["cospadi", "--help"]
 from cospadi.cli import app
 from cospadi.cli.common import megabytes
+from cospadi.cli.live import Eta
 try:
     app.main()
 except SystemExit:
@@ -279,3 +281,20 @@ def test_eval_shows_how_far_it_is_on_a_terminal(compressed, tiny_text):
     os.close(terminal)
     assert "perplexity: 1 of 3 windows, 0:0" in said and said.endswith("\r\x1b[K")
     assert done.stdout.decode().startswith("perplexity ") and b"\x1b" not in done.stdout
+
+
+def test_time_left_goes_by_the_clock():
+    now = [100.0]
+    eta = Eta(clock=lambda: now[0])
+    eta.start(100.0)
+    assert eta.text() == "-"
+    eta.add({"cost": 20.0, "resumed": True})
+    assert eta.text() == "-"
+    # two fits of ten seconds side by side
+    now[0] = 110.0
+    eta.add({"cost": 10.0, "seconds": 10.0})
+    eta.add({"cost": 10.0, "seconds": 10.0})
+    assert eta.text() == "0:30"
+    now[0] = 150.0
+    eta.pause(40.0)  # a calibration pass between fits
+    assert eta.text() == "0:30"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cospadi.errors import InputError
+from cospadi.model.gguf_once import gguf_parsed_once
 from cospadi.model.source import open_source, source_shapes
 from tiny_models import CONTEXT, HIDDEN, LAYERS, make_model
 
@@ -168,3 +169,14 @@ def test_the_file_is_parsed_once(gguf_files, monkeypatch):
     assert gguf.GGUFReader is Counting  # as before: nothing is kept after the model is open
     open_source(gguf_files["f32"])
     assert parsed[1:] == [str(gguf_files["f32"])]
+
+
+def test_blocks_that_overlap_leave_the_package_as_it_was():
+    original = gguf.GGUFReader
+    first, second = gguf_parsed_once(), gguf_parsed_once()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gguf.GGUFReader is not original
+    second.__exit__(None, None, None)
+    assert gguf.GGUFReader is original

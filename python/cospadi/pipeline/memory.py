@@ -267,7 +267,7 @@ def estimate(
         targets, recipe, max_bytes=layout.max_gram_bytes, by_block=layout.is_streamed
     )
     fit = all_fits_bytes(plan, recipe, fits_bytes)
-    if workers:
+    if workers and recipe.allocation != "loss":  # coarse fits run here in any case
         fit = max(8 * m.d_in**2 + 8 * m.d_in * m.d_out for m in plan.modules)
     stored = plan.stored_bits // 8
     width_out = STORAGE_DTYPES[recipe.storage_dtype].itemsize

@@ -51,11 +51,10 @@ class RayExecutor:
         self._most_bytes = queued_bytes(work.path)
         self._n_bytes: dict[str, int] = {}
         self._pending: dict[Any, tuple[tuple[str, ...], Done]] = {}
-        self._waiting: list[tuple[float, str, tuple[str, ...], Done]] = []
+        self._waiting: list[tuple[float, str, tuple[str, ...], int, Done]] = []
         self.queue = Queue(work.path)
         self.queue.start()
         self._remote = ray.remote(fit_task_file).options(
-            num_cpus=torch.get_num_threads(),
             max_retries=MOST_ATTEMPTS,
             retry_exceptions=[OSError, MemoryError],
         )
@@ -66,11 +65,15 @@ class RayExecutor:
         while self._n_bytes and sum(self._n_bytes.values()) > self._most_bytes:
             self._wait()
         self._n_bytes[task.name] = self.queue.publish(task, self._work.fingerprint)
-        self._waiting.append((task.cost, task.name, task.names, done))
+        n_threads = 1 if task.on_one_thread else torch.get_num_threads()
+        self._waiting.append((task.cost, task.name, task.names, n_threads, done))
         self._collect(0.0)
 
-    def free_cores(self) -> None:
+    def make_room(self, d_in: int, d_out: int, on_one_thread: bool) -> None:
         """Nothing to wait for: the cluster's workers are processes of their own."""
+
+    def free_cores(self) -> None:
+        """Nothing to wait for either."""
 
     def drain(self) -> None:
         """Wait for all tasks."""
@@ -92,8 +95,9 @@ class RayExecutor:
         """Hand the largest tasks to Ray, no more at a time than asked for."""
         self._waiting.sort(key=lambda item: (-item[0], item[1]))
         while self._waiting and (self._n_workers is None or len(self._pending) < self._n_workers):
-            _, name, names, done = self._waiting.pop(0)
-            reference = self._remote.remote(str(self._work.path.absolute()), name)
+            _, name, names, n_threads, done = self._waiting.pop(0)
+            remote = self._remote.options(num_cpus=n_threads)
+            reference = remote.remote(str(self._work.path.absolute()), name)
             self._pending[reference] = (names, done)
 
     def _collect(self, seconds: float) -> None:

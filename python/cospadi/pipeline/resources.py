@@ -84,7 +84,9 @@ def resources(
     ways = []
     for layout in layouts:
         is_chosen = layout == chosen.layout
-        needs = chosen if is_chosen else estimate(shapes, targets, plan, recipe, layout, workers)
+        needs = chosen
+        if not is_chosen:
+            needs = estimate(shapes, targets, plan, recipe, layout, workers, fits_bytes=0)
         ways.append(
             {
                 "how": _described(layout, recipe),

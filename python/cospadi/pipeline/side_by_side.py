@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,12 +16,16 @@ from cospadi.pipeline.memory import available_bytes, fit_bytes
 _Result = TypeVar("_Result")
 
 
+_DELIVERY_S = 0.25
+"""Messages wait no longer than that while results are waited for."""
+
+
 class CallEnded(Exception):
     """Raised within a call whose result nobody waits for any more."""
 
 
 class SideBySide:
-    """Runs fits, or what takes as much memory; results are handed on in the thread that submits.
+    """Runs fits, or what takes as much memory; results and messages are handed on in the thread that submits.
 
     Parameters
     ----------
@@ -32,6 +38,7 @@ class SideBySide:
         self._n_threads = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
         self._running: dict[Future[Any], tuple[int, Callable[[Any], None]]] = {}
+        self._messages: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_ending = False
 
     def submit(
@@ -55,26 +62,34 @@ class SideBySide:
         on_one_thread : bool
             Whether others may run beside it.
         """
+        self.make_room(shape=shape, on_one_thread=on_one_thread)
         if self._n_threads == 1 or not on_one_thread:
-            self.drain()
             done(call())
+            self._deliver()
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix="fit")
-            if self._most_bytes is None:
-                self._most_bytes = available_bytes() // 2
-        n_bytes = fit_bytes(*shape)
-        while self._running and not self._has_room(n_bytes):
+        self._running[self._pool.submit(call)] = fit_bytes(*shape), done
+
+    def make_room(self, *, shape: tuple[int, int], on_one_thread: bool) -> None:
+        """Wait until a call could begin at once; before its inputs are made, so that they do not come on top."""
+        if self._n_threads == 1 or not on_one_thread:
+            self.drain()
+            return
+        if self._most_bytes is None:
+            self._most_bytes = available_bytes() // 2
+        while self._running and not self._has_room(fit_bytes(*shape)):
             self._collect()
-        self._running[self._pool.submit(call)] = n_bytes, done
 
     def drain(self) -> None:
         """Wait for all calls."""
         while self._running:
             self._collect()
+        self._deliver()
+        self._restore_threads()
 
-    def check(self) -> None:
-        """For calls, now and then.
+    def report(self, message: Callable[[], None]) -> None:
+        """For calls, now and then: something to call in the thread that submits, as soon as it waits.
 
         Raises
         ------
@@ -83,14 +98,14 @@ class SideBySide:
         """
         if self._is_ending:
             raise CallEnded
+        self._messages.put(message)
 
     def close(self) -> None:
         """End calls that still run, at their next `check`."""
         self._is_ending = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            # the calls set this for their own threads, and torch for all that begin later
-            torch.set_num_threads(self._n_threads)
+        self._restore_threads()
 
     def __enter__(self) -> SideBySide:
         return self
@@ -109,8 +124,20 @@ class SideBySide:
         return len(self._running) < self._n_threads and taken + n_bytes <= self._most_bytes
 
     def _collect(self) -> None:
-        """Wait until a call is finished and hand its result on."""
-        finished, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        """Wait for a call to finish, not for long, and hand on what there is."""
+        finished, _ = wait(self._running, timeout=_DELIVERY_S, return_when=FIRST_COMPLETED)
+        self._deliver()
         for future in finished:
-            _, done = self._running.pop(future)
-            done(future.result())
+            entry = self._running.pop(future, None)
+            if entry is not None:  # what is done with another result may wait, too
+                entry[1](future.result())
+
+    def _deliver(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._messages.get_nowait()()
+
+    def _restore_threads(self) -> None:
+        """Calls set threads for their own thread of Python, and torch for all that begin later."""
+        if self._pool is not None:
+            torch.set_num_threads(self._n_threads)
