@@ -255,13 +255,12 @@ def test_encoders_are_refused(architecture, open_model, tiny_tokenizer, tmp_path
     cls = getattr(transformers, architecture)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     special = {name: 1 for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    config = cls.config_class(vocab_size=384, intermediate_size=64, **sizes, **special)
+    try:
+        config = cls.config_class(vocab_size=384, intermediate_size=64, **sizes, **special)
+    except Exception as error:  # of huggingface_hub's own kind: 5.16 and ModernBERT
+        pytest.skip(f"transformers {transformers.__version__} cannot make it: {error}")
     cls(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    try:
-        transformers.AutoConfig.from_pretrained(tmp_path)
-    except Exception as error:  # of huggingface_hub's own kind: 5.16 and its own ModernBERT
-        pytest.skip(f"transformers {transformers.__version__} cannot read what it wrote: {error}")
     fails(tmp_path, "no causal language model", open_model)
 
 
