@@ -1,9 +1,11 @@
 """Kill a compression at random, resume it, and so on; the manifest must be that of an undisturbed run.
 
-    python bench/soak/kills.py MODEL --kills 100 --out report.json [further arguments of cospadi compress]
+    python bench/soak/kills.py MODEL --kills 100 --out report.json [--within S] [further arguments of cospadi compress]
 
 A kill comes at a random moment between 0 and the duration of an undisturbed run, so that opening, calibration, fits and
-writing are all hit; the report counts where. With ``--workers`` among the further arguments a worker is killed every
+writing are all hit; the report counts where. With ``--within S`` between 0 and S seconds: a single run then survives as
+many as one wants, if S leaves time for opening and little more (calibration that no kill lets finish begins anew every
+time: keep Grams with ``--gram-cache``). With ``--workers`` among the further arguments a worker is killed every
 other time.
 """
 
@@ -51,6 +53,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--within", type=float)
     args, rest = parser.parse_known_args()
     draw = random.Random(args.seed)
     killed_at: dict[str, int] = {}
@@ -77,11 +80,10 @@ def main() -> int:
             while not out.exists():
                 process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=-3)
                 try:
-                    process.wait(timeout=draw.uniform(0.0, duration))
+                    is_last = n_kills >= args.kills
+                    latest = duration if args.within is None else args.within
+                    process.wait(timeout=None if is_last else draw.uniform(0.0, latest))
                 except subprocess.TimeoutExpired:
-                    if n_kills >= args.kills:
-                        process.wait()
-                        break
                     workers = children(process.pid)
                     if workers and n_kills % 2:
                         subprocess.run(["kill", "-9", str(draw.choice(workers))], check=False)
@@ -92,6 +94,8 @@ def main() -> int:
                     n_kills += 1
                     where = stage(out, n_modules)
                     killed_at[where] = killed_at.get(where, 0) + 1
+                    if n_kills % 10 == 0:
+                        print(f"{n_kills} kills: {killed_at}", flush=True)
             n_equal += (out / MANIFEST).read_bytes() == expected
             print(f"{n_kills} kills, {n_equal} of {n_rounds} manifests equal", flush=True)
             report = {

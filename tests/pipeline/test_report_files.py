@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cospadi.checkpoint.manifest import verify_manifest
 from cospadi.errors import CheckpointError, InputError
@@ -84,7 +85,10 @@ def test_stages_add_up_to_the_time_of_the_job(small):
         "block-wise reconstruction",
     ]
     assert sum(result.stages.values()) == pytest.approx(result.seconds, abs=0.2)
-    assert result.stages["fits"] >= sum(r["seconds"] for r in result.reports.values()) - 0.1
+    # small fits run side by side, one per thread
+    seconds = [report["seconds"] for report in result.reports.values()]
+    assert result.stages["fits"] >= max(seconds) - 0.1
+    assert result.stages["fits"] * torch.get_num_threads() >= sum(seconds) - 0.1
 
 
 def test_the_page_is_written_verified_and_the_same_when_written_again(copied):

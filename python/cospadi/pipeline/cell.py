@@ -264,7 +264,10 @@ def _summary(out: Path, cost: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, module in data["modules"].items()
     }
-    fit = sum(module.get("seconds") or 0.0 for module in report["modules"].values())
+    # by the clock, since fits run side by side; added up where the clock began anew, or ran for other things, too
+    fit = (report.get("stages") or {}).get("fits")
+    if fit is None or cost.get("resumed", True):
+        fit = sum(module.get("seconds") or 0.0 for module in report["modules"].values())
     spectra = [
         {"module": name, **module["spectrum"]}
         for name, module in report["modules"].items()
