@@ -223,9 +223,6 @@ class LiveListener(PlainListener):
     def _on_warning(self, event: Event) -> None:
         self._print(f"warning: {event['text']}")
 
-    def _on_calibrated(self, event: Event) -> None:
-        self._eta.pause(event["seconds"])
-
     def _on_failed(self, event: Event) -> None:
         self._eta.add(event)
         self._print(f"FAILED, left dense: {event['module']}: {event['reason']}")
