@@ -93,7 +93,7 @@ def fit_seconds(recipe: Recipe, d_in: int, d_out: int) -> tuple[float, int, int]
     """Seconds of a fit, learned atoms, and steps of the rise."""
     types = recipe.types_at(recipe.ratio, d_in)
     size = factor_size(
-        recipe.method, d_in, d_out, recipe.ratio, k_over_s=recipe.k_over_s, convention="stored",
+        recipe.method, d_in, d_out, recipe.ratio, k_over_s=recipe.rho, convention="stored",
         widths=storage_widths(types), dictionary=recipe.atoms, learned_share=recipe.learned_share,
     )  # fmt: skip
     settings = FitSettings(recipe.method, size, types, recipe.learn_options())

@@ -92,7 +92,7 @@ def n_atoms(d_in: int, d_out: int, ratio: float) -> int:
     """Learned atoms of the default method."""
     recipe = Recipe(ratio=ratio)
     size = factor_size(
-        recipe.method, d_in, d_out, ratio, k_over_s=recipe.k_over_s, convention=recipe.ratio_convention,
+        recipe.method, d_in, d_out, ratio, k_over_s=recipe.rho, convention=recipe.ratio_convention,
         widths=storage_widths(recipe.types_at(ratio, d_in)), dictionary=recipe.atoms,
         learned_share=recipe.learned_share,
     )  # fmt: skip

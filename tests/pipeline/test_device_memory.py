@@ -51,7 +51,7 @@ def task(d_in, d_out, members, recipe):
         d_in,
         d_out * members,
         recipe.ratio,
-        k_over_s=recipe.k_over_s,
+        k_over_s=recipe.rho,
         convention=recipe.ratio_convention,
         widths=storage_widths(types),
         dictionary=recipe.atoms,

@@ -188,7 +188,7 @@ torch.set_num_threads(1)
 d_in, d_out = int(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe(**eval(sys.argv[3]))
 types = recipe.types_at(0.3, d_in)
-size = factor_size(recipe.method, d_in, d_out, 0.3, k_over_s=2.0, convention="stored",
+size = factor_size(recipe.method, d_in, d_out, 0.3, k_over_s=recipe.rho, convention="stored",
                    widths=storage_widths(types), dictionary=recipe.atoms, learned_share=0.2)
 settings = FitSettings(recipe.method, size, types, recipe.learn_options())
 before = status("RssAnon")

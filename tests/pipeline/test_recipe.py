@@ -222,6 +222,26 @@ def test_atoms_where_nothing_is_said_about_them(data, kind):
     assert recipe_from_mapping(recipe.to_mapping()).to_mapping() == recipe.to_mapping()
 
 
+@pytest.mark.parametrize(
+    ("data", "written"),
+    [
+        ({"dictionary": "learned"}, 2.5),
+        ({"dictionary": "auto"}, 2.5),
+        ({"dictionary": "learned", "ratio_convention": "nominal"}, 2.0),
+        ({"preset": "paper"}, 2.0),
+        ({"preset": "paper", "ratio_convention": "stored"}, 2.0),
+        ({"method": "compot"}, 2.0),
+        ({"k_over_s": 3.0}, 3.0),
+        ({}, None),  # augmented dictionaries have no K / s
+        ({"dictionary": "identity"}, None),
+    ],
+)
+def test_atoms_per_coefficient_where_nothing_is_said_about_them(data, written):
+    recipe = recipe_from_mapping(data)
+    assert recipe.to_mapping()["k_over_s"] == written
+    assert recipe_from_mapping(recipe.to_mapping()).rho == recipe.rho
+
+
 # ---- Lines of files --------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def test_every_setting_has_a_meaning():
     for name, meaning in told.items():
         assert meaning.endswith(".") and not meaning.startswith("See ") and "`" not in meaning, name
     assert set(meanings(LearnOptions)) == {f.name for f in dataclasses.fields(LearnOptions)}
-    assert told["k_over_s"] == "Atoms per coefficient of a column."
+    assert told["k_over_s"].startswith("Atoms per coefficient of a column; null: 2.5 where")
     assert told["power_iterations"] == "Of ksvd: power iterations per atom (the paper: 8)."
 
 

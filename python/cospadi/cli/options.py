@@ -48,7 +48,7 @@ Iterations = Annotated[int | None, typer.Option(help="Alternations of coding and
 PowerIterations = Annotated[
     int | None, typer.Option(help="Power iterations per atom; 0: to convergence [1].")
 ]
-KOverS = Annotated[float | None, typer.Option(help="Atoms per coefficient of a column [2.0].")]
+KOverS = Annotated[float | None, typer.Option(help="Atoms per coefficient of a column [2.5].")]
 Init = Annotated[str | None, typer.Option(help="First dictionary: svd, columns or random [svd].")]
 GroupSize = Annotated[
     int | None, typer.Option(help="Neighbouring layers that share a dictionary [1].")

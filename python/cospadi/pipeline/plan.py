@@ -306,7 +306,7 @@ def module_settings(
 ) -> tuple[float, float, bool]:
     """Ratio, K / s, and whether it stays dense, of one module: the recipe's, or those of the last override."""
     ratio = recipe.ratio if own_ratio is None else own_ratio
-    k_over_s, is_dense = recipe.k_over_s, False
+    k_over_s, is_dense = recipe.rho, False
     for override in recipe.overrides:
         if _matches(override, name):
             ratio = override.ratio if override.ratio is not None else ratio

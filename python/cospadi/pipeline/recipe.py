@@ -105,8 +105,9 @@ class Recipe:
         Removed share of the compressed linears, in (0, 1). Methods without a ratio ignore it.
     ratio_convention : {"stored", "nominal"}
         Whether ``ratio`` counts stored bytes (mask included) or values only (the papers).
-    k_over_s : float
-        Atoms per coefficient of a column.
+    k_over_s : float or None
+        Atoms per coefficient of a column; None: 2.5 where the method ``cospadi`` counts stored bytes, which has the
+        least error there, and else 2, as in the papers.
     dictionary : {"learned", "identity", "augmented", "auto"} or None
         Atoms of the method ``cospadi``: learned ones (the paper), the inputs themselves, both, or, for every linear,
         whichever of these, several shares of learned atoms and a truncated SVD has the least error at its bytes
@@ -192,7 +193,7 @@ class Recipe:
     method: str = "cospadi"
     ratio: float = 0.2
     ratio_convention: RatioConvention = "stored"
-    k_over_s: float = 2.0
+    k_over_s: float | None = None
     dictionary: DictionaryKind | None = None
     learned_share: float = 0.2
     allocation: Allocation = "uniform"
@@ -438,6 +439,14 @@ class Recipe:
         return 8 if self.metric != "fisher" and self.allocation == "uniform" else 32
 
     @property
+    def rho(self) -> float:
+        """`k_over_s`, or the default of the method and the convention."""
+        if self.k_over_s is not None:
+            return self.k_over_s
+        stored = self.method == "cospadi" and self.ratio_convention == "stored"
+        return 2.5 if stored else 2.0
+
+    @property
     def atoms(self) -> DictionaryKind:
         """Atoms of the method: `dictionary`, but the inputs where integers are chosen by budget."""
         if self.coeffs_dtype == AUTO:
@@ -489,6 +498,7 @@ class Recipe:
         data = dataclasses.asdict(self)
         # a written recipe says what was chosen
         data["dictionary"] = self.atoms
+        data["k_over_s"] = self.rho if self.atoms in ("learned", "auto") else None
         data["output_metric"] = self.metric
         data["backward_samples"] = self.backward_windows
         data["targets"] = list(self.targets)

@@ -28,7 +28,7 @@ ONLY_IN_FILES = {
 
 EXAMPLE_OVERRIDES = r"[{match: '.*\.down_proj', ratio: 0.1}]"
 
-_CHOSEN = ("dictionary", "output_metric", "backward_samples")
+_CHOSEN = ("dictionary", "k_over_s", "output_metric", "backward_samples")
 """Settings whose default depends on others."""
 
 _JSON_TYPES = {float: "number", int: "integer", bool: "boolean", str: "string"}
