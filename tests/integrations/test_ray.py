@@ -8,7 +8,11 @@ import time
 import pytest
 
 from cospadi.checkpoint.manifest import MANIFEST_FILE
+from cospadi.errors import FitError, InputError
+from cospadi.pipeline import compress as compress_module
+from cospadi.pipeline import ray_executor
 from cospadi.pipeline.compress import compress
+from pretend_device import DEVICE, pretended_device
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'cospadi[ray]'")
 
@@ -64,3 +68,32 @@ def test_a_node_killed_in_the_middle_changes_nothing(tiny_model_dir, tiny_text, 
     assert (tmp_path / "two" / MANIFEST_FILE).read_bytes() == (
         tmp_path / "one" / MANIFEST_FILE
     ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_every_fit_of_a_run_on_gpus_has_one_to_itself(
+    tiny_model_dir, tiny_text, tmp_path, monkeypatch
+):
+    """Ray hands out GPUs by count, whether there are any: what it reserved is what a task tells."""
+    import ray
+
+    def reserved(directory: str, name: str) -> str:
+        return f"GPUs {ray.get_gpu_ids()}"
+
+    monkeypatch.setattr(compress_module, "checked_device", lambda device: DEVICE)
+    monkeypatch.setattr(ray_executor, "fit_task_file", reserved)
+    settings = {**FAST, "calibration": str(tiny_text), "executor": "ray", "device": "cuda"}
+    for n_gpus, error, text in (
+        (0, InputError, "executor ray: the cluster has no GPU"),
+        (1, FitError, r"the first: GPUs \[0\]"),
+    ):
+        ray.init(num_cpus=2, num_gpus=n_gpus, log_to_driver=False, logging_level="ERROR")
+        try:
+            with pretended_device(), pytest.raises(error, match=text):
+                compress(tiny_model_dir("llama"), tmp_path / f"out{n_gpus}", **settings)
+        finally:
+            ray.shutdown()

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -92,25 +94,61 @@ def test_running_again_measures_nothing_and_gives_the_same(finished, command):
     assert json.loads((out / "results.json").read_text())["runs"] == result["runs"]
 
 
-def test_a_killed_comparison_goes_on_to_the_same_numbers(finished, command, tmp_path):
+def commands_of(folder):
+    """Processes of cospadi that work in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            # Python itself, not a shell around it
+            if b"-m" in words and any(word.startswith(bytes(folder)) for word in words):
+                found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["compressing", "measuring"])
+def test_a_killed_comparison_goes_on_to_the_same_numbers(stage, finished, command, tmp_path):
+    """Its process alone is killed: the command that it waits for must not go on beside the one that comes next."""
     _, undisturbed = finished
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*command, "--out", str(out)], stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/done.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL)
+    # in the second cell, whose compression, or measurement, is under way
+    begun = "cells/*/model.work/run.json" if stage == "compressing" else "cells/*/compress.json"
+    deadline = time.monotonic() + 240
+    while not (
+        list(out.glob("cells/*/done.json"))
+        and any(
+            not (p.parents[stage == "compressing"] / "done.json").exists() for p in out.glob(begun)
+        )
+    ):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 0 < len(list(out.glob("cells/*/done.json"))) < 2
-    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+    assert len(list(out.glob("cells/*/done.json"))) == 1
+    again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert not commands_of(out)
     result = json.loads((out / "results.json").read_text())
     for run, expected in zip(result["runs"], undisturbed["runs"], strict=True):
         for key in ("label", "ratio", "perplexity", "stored_bytes", "file_bytes"):
             assert run[key] == expected[key], key
         for name, module in run["modules"].items():
             assert module["relative_error"] == expected["modules"][name]["relative_error"]
+
+
+def test_a_command_ends_with_the_comparison(command, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(commands_of(out)) < 2:  # itself, and the command that it waits for
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while commands_of(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_text_added_later_is_measured_on_the_same_models(finished, command, tiny_text, tmp_path):

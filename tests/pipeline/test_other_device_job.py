@@ -10,7 +10,9 @@ import torch
 import cospadi
 from cospadi.errors import CudaUnavailableError, InputError
 from cospadi.pipeline import compress as compress_module
-from cospadi.pipeline.compress import checked_device, compress
+from cospadi.pipeline import device as device_module
+from cospadi.pipeline.compress import compress
+from cospadi.pipeline.device import checked_device
 from pretend_device import DEVICE, pretended_device
 
 FAST = {
@@ -96,10 +98,10 @@ def test_the_job_is_that_of_the_cpu(name, tiny_model_dir, tmp_path, monkeypatch)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch, tiny_model_dir, tmp_path):
-    monkeypatch.setattr(compress_module.native, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(device_module.native, "has_cuda_kernels", lambda: False)
     with pytest.raises(CudaUnavailableError, match="has no CUDA kernels"):
         checked_device("cuda")
-    monkeypatch.setattr(compress_module.native, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(device_module.native, "has_cuda_kernels", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CudaUnavailableError, match="torch finds no GPU"):
         checked_device("cuda")

@@ -6,13 +6,16 @@ numbers are those a user of the commands gets.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,13 @@ from cospadi.pipeline.workdir import write_atomic
 
 EXIT_PARTIAL = 3
 _LAST_LINES = 3
+_POLL_S = 0.1
+_TELL_S = 120.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+Progress = Callable[[str], None]
+"""Receives a line of text."""
 
 
 class StepError(CospadiError):
@@ -132,8 +142,12 @@ class Step:
     code: int
 
 
-def run_step(arguments: Sequence[object], log: Path, *, threads: int | None) -> Step:
-    """Run ``cospadi`` with these arguments; its output is appended to ``log``.
+def run_step(
+    arguments: Sequence[object], log: Path, *, threads: int | None, progress: Progress = print
+) -> Step:
+    """Run ``cospadi`` with these arguments; its output is appended to ``log``, and its last line told now and then.
+
+    The command ends with this process, however that ends.
 
     Raises
     ------
@@ -147,26 +161,54 @@ def run_step(arguments: Sequence[object], log: Path, *, threads: int | None) -> 
     with log.open("ab") as sink:
         sink.write(f"$ cospadi {' '.join(map(str, arguments))}\n".encode())
         sink.flush()
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(_end_with, os.getpid()),
+        )
+        told = start
         try:
             # wait4 and not wait: it alone gives this child's own peak memory
-            _, status, usage = os.wait4(process.pid, 0)
+            while not (found := os.wait4(process.pid, os.WNOHANG))[0]:
+                time.sleep(_POLL_S)
+                if time.perf_counter() - told > _TELL_S:
+                    told = time.perf_counter()
+                    progress(f"  {_last_lines(log, 1)}")
         except BaseException:
             process.terminate()
             process.wait()
             raise
+    _, status, usage = found
     code = os.waitstatus_to_exitcode(status)
     process.returncode = code
     if code not in (0, EXIT_PARTIAL):
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = " | ".join(lines[-_LAST_LINES:])
+        said = _last_lines(log, _LAST_LINES)
         raise StepError(f"cospadi {arguments[0]} ended with code {code}: {said}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Step(time.perf_counter() - start, usage.ru_maxrss * unit, code)
 
 
+def _end_with(parent: int) -> None:
+    """In the child, before its program begins: ask the kernel to kill it when its parent ends, SIGKILL included."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+
+
+def _last_lines(log: Path, n: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return " | ".join(lines[-n:])
+
+
 def evaluate(
-    model: str | Path, folder: Path, evaluation: Evaluation, *, threads: int | None
+    model: str | Path,
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    threads: int | None,
+    progress: Progress = print,
 ) -> dict[str, Any]:
     """Perplexities and task results of one model; finished measurements in ``folder`` are not repeated.
 
@@ -185,7 +227,7 @@ def evaluate(
             arguments += ["--context", evaluation.context]
             if evaluation.windows is not None:
                 arguments += ["--windows", evaluation.windows]
-            _measure(arguments, out, log, threads)
+            _measure(arguments, out, log, threads, progress)
         data = json.loads(out.read_text())
         result["perplexity"][text_name(text)] = data["perplexity"]
         result["nll"][text_name(text)] = data["nll_per_token"]
@@ -197,7 +239,7 @@ def evaluate(
                 arguments += ["--task-data", evaluation.task_data]
             if evaluation.task_limit is not None:
                 arguments += ["--limit", evaluation.task_limit]
-            _measure(arguments, out, log, threads)
+            _measure(arguments, out, log, threads, progress)
         result["tasks"] |= json.loads(out.read_text())["tasks"]
     return result
 
@@ -211,9 +253,11 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", text)
 
 
-def _measure(arguments: list[object], out: Path, log: Path, threads: int | None) -> None:
+def _measure(
+    arguments: list[object], out: Path, log: Path, threads: int | None, progress: Progress
+) -> None:
     partial = out.with_name(f".{out.name}.partial")
-    run_step([*arguments, "--json", partial], log, threads=threads)
+    run_step([*arguments, "--json", partial], log, threads=threads, progress=progress)
     partial.replace(out)
 
 
@@ -225,6 +269,7 @@ def compress_cell(
     *,
     gram_cache: Path,
     threads: int | None,
+    progress: Progress = print,
 ) -> dict[str, Any]:
     """Compress into ``folder/model`` unless that is done; return what was measured.
 
@@ -242,7 +287,10 @@ def compress_cell(
             resumed = out.with_name("model.work").exists()
             arguments = ["compress", model, "--out", out, "--recipe", recipe]
             step = run_step(
-                [*arguments, "--gram-cache", gram_cache], folder / "log.txt", threads=threads
+                [*arguments, "--gram-cache", gram_cache],
+                folder / "log.txt",
+                threads=threads,
+                progress=progress,
             )
             cost = {
                 "seconds": step.seconds,

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cospadi.pipeline.cell import (
     Cell,
     Evaluation,
     MethodSpec,
+    Progress,
     StepError,
     compress_cell,
     evaluate,
@@ -78,9 +79,6 @@ class Comparison:
             for method in self.methods
             if method.has_ratio
         ]
-
-
-Progress = Callable[[str], None]
 
 
 def compare(
@@ -209,12 +207,15 @@ class _Grid:
             self.folder / "dense",
             self.comparison.evaluation,
             threads=self.threads,
+            progress=self.progress,
         )
         self.progress(_measured("dense", dense))
         runs: list[dict[str, Any]] = []
         started, fresh = time.perf_counter(), 0
         for number, cell in enumerate(cells, 1):
             had_result = self._record(cell).exists()
+            if not had_result:
+                self.progress(f"[{number}/{len(cells)}] {cell.name}: {self._record(cell).parent}")
             run = self._run_cell(cell)
             runs.append(run)
             fresh += not had_result
@@ -259,9 +260,14 @@ class _Grid:
                 self.comparison.common,
                 gram_cache=self.folder / "grams",
                 threads=self.threads,
+                progress=self.progress,
             )
             measured = evaluate(
-                folder / "model", folder, self.comparison.evaluation, threads=self.threads
+                folder / "model",
+                folder,
+                self.comparison.evaluation,
+                threads=self.threads,
+                progress=self.progress,
             )
         except StepError as error:
             return {**head, "status": f"failed: {error}"}

@@ -17,7 +17,7 @@ from cospadi.calibration.blockwise import BlockwiseError
 from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.ids import check_ids
 from cospadi.checkpoint.format import FORMAT_VERSION
-from cospadi.errors import CospadiError, CudaUnavailableError, FitError, InputError
+from cospadi.errors import CospadiError, FitError, InputError
 from cospadi.factor.spec import removed_shares
 from cospadi.learn.precision import PRODUCTS, Products
 from cospadi.model.discover import Skipped, TargetLinear, discover
@@ -30,6 +30,7 @@ from cospadi.model.streamed import (
     open_streamed,
 )
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
+from cospadi.pipeline.device import CUDA, checked_device, visible_gpus
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.executor import (
     Executor,
@@ -153,8 +154,9 @@ def compress(
         a run that is resumed keeps its threads. Results depend on them (the order of sums in matrix products), and on
         nothing else that is said here.
     workers : int, optional
-        Processes on this machine that fit; None: this one alone. Beside them, or with 0 in their place, ``cospadi
-        worker <out>.work`` may run on any machine that sees the directory.
+        Processes on this machine that fit, with ``device="cuda"`` each on a GPU of its own; None: this one alone.
+        Beside them, or with 0 in their place, ``cospadi worker <out>.work`` may run on any machine that sees the
+        directory.
     executor : {"local", "ray"}
         Who starts the workers: this process, or a Ray cluster (`workers` then bounds the fits at a time).
     max_memory : str or int, optional
@@ -420,10 +422,6 @@ def plan_run(
 def _check_workers(workers: int | None, executor: str, device: torch.device) -> None:
     if executor not in get_args(ExecutorKind):
         raise InputError(f"executor: expected local or ray, got {executor!r}")
-    if device.type != "cpu" and (workers is not None or executor == "ray"):
-        raise InputError(
-            "workers: they compute on the CPU; give device cuda without workers and executor"
-        )
     if workers is None:
         return
     if (
@@ -434,6 +432,10 @@ def _check_workers(workers: int | None, executor: str, device: torch.device) -> 
         raise InputError(f"workers: expected 0 to {MOST_WORKERS}, got {workers!r}")
     if executor == "ray" and workers < 1:
         raise InputError("workers: expected at least 1 with ray, got 0")
+    if executor == "local" and device.type == CUDA and workers > len(visible_gpus()):
+        raise InputError(
+            f"workers: each has a GPU to itself; expected at most {len(visible_gpus())} on this machine, got {workers}"
+        )
 
 
 def _set_threads(num_threads: int | None, work_dir: Path, workers: int | None) -> None:
@@ -461,11 +463,11 @@ def _executor(
     if kind == "ray":
         from cospadi.pipeline.ray_executor import RayExecutor
 
-        return RayExecutor(work, log, workers)
+        return RayExecutor(work, log, workers, device)
     if workers is None:
         most_bytes = None if needs is None else needs.fits_bytes
         return InProcess(work, log, device, most_bytes=most_bytes)
-    return QueueExecutor(work, log, workers, most_bytes=queued_bytes(work.path))
+    return QueueExecutor(work, log, workers, device=device, most_bytes=queued_bytes(work.path))
 
 
 def stored_dtype(source: SourceModel | StreamedSource) -> str | None:
@@ -518,31 +520,6 @@ def check_output(out: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{out_dir}: cannot be written: {error.strerror or error}") from None
     return out_dir
-
-
-def checked_device(device: str) -> torch.device:
-    """Return the device of a run.
-
-    Raises
-    ------
-    InputError
-        Neither ``cpu`` nor ``cuda``.
-    CudaUnavailableError
-        Torch finds no GPU, or this build of cospadi has no kernels for it.
-    """
-    if device == "cpu":
-        return torch.device("cpu")
-    if device != "cuda":
-        raise InputError(f"device: expected cpu or cuda, got {device!r}")
-    if not native.has_cuda_kernels():
-        raise CudaUnavailableError(
-            "device cuda: this build has no CUDA kernels; build it where nvcc is on PATH, or use --device cpu"
-        )
-    if not torch.cuda.is_available():
-        raise CudaUnavailableError(
-            "device cuda: torch finds no GPU (a build of torch for CUDA, and a driver, are needed); use --device cpu"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _load_calibration(

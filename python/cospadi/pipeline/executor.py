@@ -16,6 +16,7 @@ import torch
 
 from cospadi.errors import CospadiError, InputError
 from cospadi.learn.learner import IterationStats
+from cospadi.pipeline.device import CUDA, kind_of, visible_gpus
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.fit_task import (
     CPU,
@@ -174,6 +175,8 @@ class QueueExecutor:
         Hears of lost workers.
     n_workers : int
         Own processes; with 0 all workers come from elsewhere.
+    device : torch.device
+        Of the fits; on CUDA every own worker has a GPU to itself, of as many as there are.
     lease_s, beat_s : float
         See `cospadi.pipeline.queue`.
     most_bytes : int
@@ -190,6 +193,7 @@ class QueueExecutor:
         log: EventLog,
         n_workers: int,
         *,
+        device: torch.device = CPU,
         lease_s: float = LEASE_S,
         beat_s: float = BEAT_S,
         most_bytes: int = MOST_QUEUED_BYTES,
@@ -203,7 +207,7 @@ class QueueExecutor:
         self._idle_deaths = 0
         self.queue = Queue(work.path, lease_s=lease_s)
         try:
-            self.queue.start()
+            self.queue.start(kind_of(device))
         except OSError as error:
             raise InputError(
                 f"{self.queue.path}: cannot be made: {error.strerror or error}"
@@ -212,6 +216,8 @@ class QueueExecutor:
         self._heartbeat.__enter__()
         self._output = work.path / "workers.log"
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._gpu_of: dict[str, str] = {}
+        self._free_gpus = visible_gpus() if device.type == CUDA else []
         for _ in range(n_workers):
             self._start_worker()
 
@@ -282,6 +288,8 @@ class QueueExecutor:
             if code is None:
                 continue
             del self._workers[name]
+            if name in self._gpu_of:
+                self._free_gpus.append(self._gpu_of.pop(name))
             self.queue.mark_dead(name)
             began = any(a.worker == name for a in self.queue.attempts().values())
             self._idle_deaths = 0 if began else self._idle_deaths + 1
@@ -299,6 +307,8 @@ class QueueExecutor:
         command += ["--lease", str(self._lease_s), "--beat", str(self._beat_s)]
         threads = str(torch.get_num_threads())
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self._free_gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpu_of[name] = self._free_gpus.pop(0)
         with self._output.open("ab") as sink:
             self._workers[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment

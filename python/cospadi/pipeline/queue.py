@@ -8,6 +8,7 @@ Layout of ``<output>.work/queue``::
     failed/<name>.json                the task cannot succeed: its modules stay dense
     beats/<worker>                    a number that a living worker counts up
     beats/<worker>.dead               its parent saw it end
+    device.json                       what the fits are computed on: every worker needs the like
 
 Nothing is ever taken back or overwritten by another process: an attempt is superseded by the next one, which again one
 worker wins. Results are committed elsewhere (`cospadi.pipeline.workdir`) and equal bit for bit whoever computes them:
@@ -27,17 +28,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cospadi.errors import CheckpointError
+from cospadi.checkpoint.strict_json import read_json_object
+from cospadi.errors import CheckpointError, brief
+from cospadi.pipeline.device import DeviceKind
 from cospadi.pipeline.fit_task import FitTask
 from cospadi.pipeline.task_files import TaskHead, is_safe_name, read_head, read_task, task_data
 from cospadi.pipeline.workdir import process_name, write_atomic
 
 QUEUE = "queue"
+DEVICE_FILE = "device.json"
 LEASE_S = 60.0
 """A worker whose number stands still for so long has lost its attempt."""
 BEAT_S = 5.0
@@ -85,8 +89,8 @@ class Queue:
 
     # --- the coordinator's side --------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Make an empty queue; what an earlier process left goes."""
+    def start(self, device: DeviceKind = DeviceKind()) -> None:
+        """Make an empty queue for fits on a device; what an earlier process left goes."""
         if self.path.exists():
             old = self.path.with_name(f".{QUEUE}.old-{process_name()}")
             self.path.rename(old)
@@ -94,6 +98,7 @@ class Queue:
         fresh = self.path.with_name(f".{QUEUE}.new-{process_name()}")
         for name in ("tasks", "claims", "failed", "beats"):
             (fresh / name).mkdir(parents=True)
+        (fresh / DEVICE_FILE).write_text(json.dumps(asdict(device)))
         fresh.rename(self.path)
 
     def publish(self, task: FitTask, fingerprint: str) -> int:
@@ -141,6 +146,15 @@ class Queue:
     def is_open(self) -> bool:
         """Whether there is a queue."""
         return (self.path / "tasks").is_dir()
+
+    def device(self) -> DeviceKind:
+        """What the run's fits are computed on; CheckpointError where its file is damaged or gone."""
+        path = self.path / DEVICE_FILE
+        data = read_json_object(path)
+        kind, model = data.get("kind"), data.get("model")
+        if not isinstance(kind, str) or not isinstance(model, str) or len(kind + model) > 200:
+            raise CheckpointError(f"{path}: expected kind and model, got {brief(data)}")
+        return DeviceKind(kind, model)
 
     def claim(self, worker: str) -> tuple[TaskHead, int] | None:
         """Win the largest task that nobody works on.

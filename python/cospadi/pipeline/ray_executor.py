@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from cospadi.errors import InputError
+from cospadi.pipeline.device import kind_of, same_device
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Done, Outcome, queued_bytes
-from cospadi.pipeline.fit_task import FIT_ERRORS, FitTask, failure_reason
+from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason
 from cospadi.pipeline.queue import MOST_ATTEMPTS, Queue
 from cospadi.pipeline.workdir import ResultStore, WorkDir
 from cospadi.pipeline.worker import POLL_S, check_run, store_task
@@ -28,15 +29,19 @@ class RayExecutor:
     log : EventLog
         Hears how many processors there are.
     n_workers : int, optional
-        Bound on the fits at a time; None: as many as the cluster's processors allow.
+        Bound on the fits at a time; None: as many as the cluster's processors, or GPUs, allow.
+    device : torch.device
+        Of the fits; on a GPU each has one to itself.
 
     Raises
     ------
     InputError
-        Ray is not installed.
+        Ray is not installed, or its cluster has no GPU for a run on GPUs.
     """
 
-    def __init__(self, work: WorkDir, log: EventLog, n_workers: int | None) -> None:
+    def __init__(
+        self, work: WorkDir, log: EventLog, n_workers: int | None, device: torch.device = CPU
+    ) -> None:
         try:
             import ray
         except ImportError:
@@ -45,20 +50,25 @@ class RayExecutor:
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        resources = dict(ray.cluster_resources())
+        if device != CPU and resources.get("GPU", 0) < 1:
+            if self._is_ours:
+                ray.shutdown()
+            raise InputError(
+                "executor ray: the cluster has no GPU; start its nodes with ray start --num-gpus, or give device cpu"
+            )
         self._work = work
         self._log = log
         self._n_workers = n_workers
+        self._n_gpus = int(device != CPU)
         self._most_bytes = queued_bytes(work.path)
         self._n_bytes: dict[str, int] = {}
         self._pending: dict[Any, tuple[tuple[str, ...], Done]] = {}
         self._waiting: list[tuple[float, str, tuple[str, ...], int, Done]] = []
         self.queue = Queue(work.path)
-        self.queue.start()
-        self._remote = ray.remote(fit_task_file).options(
-            max_retries=MOST_ATTEMPTS,
-            retry_exceptions=[OSError, MemoryError],
-        )
-        log.emit("ray", resources=dict(ray.cluster_resources()))
+        self.queue.start(kind_of(device))
+        self._remote = ray.remote(fit_task_file)
+        log.emit("ray", resources=resources)
 
     def submit(self, task: FitTask, done: Done) -> None:
         """Offer a task; waits while too many bytes are queued."""
@@ -96,7 +106,12 @@ class RayExecutor:
         self._waiting.sort(key=lambda item: (-item[0], item[1]))
         while self._waiting and (self._n_workers is None or len(self._pending) < self._n_workers):
             _, name, names, n_threads, done = self._waiting.pop(0)
-            remote = self._remote.options(num_cpus=n_threads)
+            remote = self._remote.options(
+                num_cpus=n_threads,
+                num_gpus=self._n_gpus,
+                max_retries=MOST_ATTEMPTS,
+                retry_exceptions=[OSError, MemoryError, torch.OutOfMemoryError],
+            )
             reference = remote.remote(str(self._work.path.absolute()), name)
             self._pending[reference] = (names, done)
 
@@ -139,10 +154,13 @@ def fit_task_file(directory: str, name: str) -> str | None:
     path = Path(directory)
     try:
         store = ResultStore(path, check_run(path))
-        task = Queue(path).read(name)
+        queue = Queue(path)
+        task = queue.read(name)
         if all(store.has(member) for member in task.names):
             return None
-        store_task(store, task)
+        store_task(store, task, same_device(queue.device(), directory))
+    except torch.OutOfMemoryError:
+        raise  # for another attempt
     except FIT_ERRORS as error:
         return failure_reason(error, name)
     return None

@@ -109,12 +109,12 @@ def _on_device(
     max_memory: str | int | None,
     workers: int | None,
 ) -> dict[str, Any]:
-    """`resources` with fits on a GPU: the model is loaded as a whole, and there are no workers."""
+    """`resources` with fits on a GPU: the model is loaded as a whole. Workers' own memory is not counted."""
     if device != "cuda":
         raise InputError(f"device: expected cpu or cuda, got {device!r}")
     if max_memory is not None or workers is not None:
         raise InputError(
-            "max_memory, workers: streamed models and workers are on the CPU; give device cuda without them"
+            "max_memory, workers: with device cuda the plan is that of one process and a whole model; leave them out"
         )
     found = estimate_device(shapes, targets, plan, recipe)
     (layout, *_) = possible_layouts(targets, recipe, spill=False, is_streamable=False)

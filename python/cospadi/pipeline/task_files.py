@@ -25,7 +25,7 @@ from cospadi.learn.methods import METHODS, FactorSize
 from cospadi.learn.options import LearnOptions
 from cospadi.learn.output_metric import OutputMetric, RowScales
 from cospadi.learn.quantize import StorageTypes
-from cospadi.pipeline.fit_task import FitTask, InputMetric, Statistics, TaskMember
+from cospadi.pipeline.fit_task import CPU, FitTask, InputMetric, Statistics, TaskMember
 
 TASK_VERSION = 3
 
@@ -61,7 +61,7 @@ def task_data(task: FitTask, fingerprint: str) -> tuple[dict[str, Any], bytes]:
             return None
         if id(tensor) not in known:
             known[id(tensor)] = f"t{len(known)}"
-            tensors[known[id(tensor)]] = tensor.contiguous()
+            tensors[known[id(tensor)]] = tensor.to(CPU).contiguous()
         return known[id(tensor)]
 
     members = []

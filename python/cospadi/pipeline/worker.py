@@ -14,6 +14,7 @@ import torch
 
 from cospadi.checkpoint.strict_json import read_json_object
 from cospadi.errors import CheckpointError, InputError
+from cospadi.pipeline.device import same_device
 from cospadi.pipeline.fit_task import FIT_ERRORS, FitTask, failure_reason, run_task
 from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
 from cospadi.pipeline.task_files import TaskHead
@@ -66,7 +67,7 @@ def work(
     Raises
     ------
     InputError
-        There is no run in the directory, or this machine would compute other bits.
+        There is no run in the directory, or this machine would compute other bits, or has no GPU for a run on GPUs.
     """
     path = Path(directory)
     say = report or (lambda text: None)
@@ -75,6 +76,7 @@ def work(
     queue = Queue(path, lease_s=lease_s)
     _wait_for_run(path, queue, wait_s)
     fingerprint = check_run(path)
+    device = same_device(queue.device(), str(path))
     store = ResultStore(path, fingerprint)
 
     def watch_parent() -> None:
@@ -90,14 +92,14 @@ def work(
                     return summary
                 time.sleep(POLL_S)
                 continue
-            _attempt(queue, store, *won, summary, say)
+            _attempt(queue, store, device, *won, summary, say)
     summary.reason = "the run is over"
     return summary
 
 
-def store_task(store: ResultStore, task: FitTask) -> None:
-    """Fit a task and commit its results; raises what `run_task` raises."""
-    results = run_task(task)
+def store_task(store: ResultStore, task: FitTask, device: torch.device) -> None:
+    """Fit a task on a device and commit its results; raises what `run_task` raises."""
+    results = run_task(task, device=device)
     for name, (factor, report) in zip(task.names, results, strict=True):
         store.store(name, factor, report_data(report))
 
@@ -105,6 +107,7 @@ def store_task(store: ResultStore, task: FitTask) -> None:
 def _attempt(
     queue: Queue,
     store: ResultStore,
+    device: torch.device,
     head: TaskHead,
     number: int,
     summary: WorkerSummary,
@@ -116,12 +119,18 @@ def _attempt(
         summary.n_given_up += 1
         return
     try:
-        store_task(store, queue.read(head.name))
+        store_task(store, queue.read(head.name), device)
     except CheckpointError as error:
         # gone, because another worker was faster, or damaged
         queue.give_up(head.name, number, str(error))
         summary.n_given_up += 1
         say(f"{head.name}: {error}")
+    except torch.OutOfMemoryError as error:
+        # of a GPU that others use, too: another attempt may have it
+        reason = failure_reason(error, head.name)
+        queue.give_up(head.name, number, reason)
+        summary.n_given_up += 1
+        say(f"{head.name}: {reason}")
     except FIT_ERRORS as error:
         reason = failure_reason(error, head.name)
         if (
