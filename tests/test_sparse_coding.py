@@ -131,13 +131,20 @@ def test_more_atoms_than_signals_and_signals_of_zeros():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparsity": 0}, "sparsity: expected 1 to n_atoms"),
-        ({"sparsity": 49}, "sparsity: expected 1 to n_atoms"),
-        ({"selection": "mp"}, "selection: expected 'omp' or 'ormp'"),
+        ({"sparsity": 0}, "^sparsity: expected an integer, 1 to n_atoms = 48, got 0"),
+        ({"sparsity": 49}, "^sparsity: expected an integer, 1 to n_atoms = 48, got 49"),
+        ({"sparsity": 3.0}, r"^sparsity: expected an integer, 1 to n_atoms = 48, got 3\.0"),
+        ({"sparsity": True}, "^sparsity: expected an integer, .* got True"),
+        ({"num_threads": 1.5}, "^num_threads: expected an integer of at least 1"),
+        ({"selection": "mp"}, "^selection: expected 'omp' or 'ormp'"),
         ({"signals": np.zeros((3, 5))}, "atoms: expected 5 features as in the signals, got 24"),
         ({"signals": np.zeros(24)}, r"signals: expected a matrix, got shape \(24,\)"),
         ({"signals": np.zeros((3, 24), np.float32)}, "atoms: expected the type of the signals"),
-        ({"signals": np.full((3, 24), np.nan)}, "finite"),
+        ({"signals": torch.zeros((3, 24)).double()}, "^atoms: .* signals, Tensor, got ndarray"),
+        ({"signals": np.full((3, 24), np.nan)}, "^signals: hold values that are not finite"),
+        ({"signals": np.full((3, 24), 1.7e308)}, "^signals: too large"),
+        ({"atoms": np.full((9, 24), np.inf)}, "^atoms: hold values that are not finite"),
+        ({"atoms": np.full((9, 24), 1e200)}, "^atoms: too large, their products overflow"),
         ({"signals": np.zeros((3, 24), complex)}, "signals: expected real numbers, got complex128"),
         ({"signals": torch.zeros((3, 24)).half()}, "signals: expected float32 or float64"),
     ],
@@ -152,6 +159,21 @@ def test_bad_input_is_named(change, message):
     ("change", "message"),
     [
         ({"n_atoms": 0}, "n_atoms: expected an integer of at least 1"),
+        ({"n_atoms": 8.0}, r"^n_atoms: expected an integer of at least 1, got 8\.0"),
+        ({"sparsity": 9}, "^sparsity: expected an integer, 1 to n_atoms = 8, got 9"),
+        ({"sparsity": 2.5}, "^sparsity: expected an integer"),
+        ({"seed": 1.5}, r"^seed: expected an integer of at least 0, got 1\.5"),
+        ({"seed": 2**63}, r"^seed: expected an integer in \[0, 2\^63\)"),
+        ({"sweeps": 1.0}, "^sweeps: expected an integer of at least 1"),
+        ({"power_iterations": -1}, "^power_iterations: expected an integer of at least 0"),
+        ({"block_size": "64"}, "^block_size: expected an integer of at least 1"),
+        (
+            {"signals": np.zeros((0, 24))},
+            r"^signals: expected at least one value, got shape \(0, 24\)",
+        ),
+        ({"signals": np.full((3, 24), 1e200)}, "^signals: too large, their squares overflow"),
+        ({"signals": np.full((3, 24), 1e25, np.float32)}, "^signals: too large, their squares"),
+        ({"atoms": torch.eye(24)[:8].double()}, "^atoms: .* signals, ndarray, got Tensor"),
         ({"iterations": 0}, "iterations: expected an integer of at least 1"),
         ({"atoms": np.eye(24)}, "atoms: expected n_atoms = 8 rows, got 24"),
         ({"signals": np.full((3, 24), np.inf)}, "signals: hold values that are not finite"),
@@ -161,6 +183,16 @@ def test_bad_settings_of_ksvd_are_named(change, message):
     _, signals = problem()
     with pytest.raises(InputError, match=message):
         cospadi.ksvd(**{"signals": signals, "n_atoms": 8, "sparsity": 2, **change})
+
+
+def test_numpy_integers_are_integers():
+    atoms, signals = problem()
+    expected = cospadi.omp(atoms, signals, 3).dense()
+    np.testing.assert_array_equal(cospadi.omp(atoms, signals, np.int64(3)).dense(), expected)
+    learned = cospadi.ksvd(signals, np.int32(8), np.int64(2), iterations=2, seed=np.int64(1))
+    again = cospadi.ksvd(signals, 8, 2, iterations=2, seed=1)
+    np.testing.assert_array_equal(learned.atoms, again.atoms)
+    assert type(learned.code.n_atoms) is int
 
 
 # ---- scikit-learn ---------------------------------------------------------------------
@@ -200,4 +232,4 @@ except ImportError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("3.0\n") and "pip install scikit-learn" in done.stdout
+    assert done.stdout.startswith("3.0\n") and 'pip install "scikit-learn>=1.6"' in done.stdout

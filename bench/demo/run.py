@@ -1,9 +1,10 @@
 """The demonstration behind ``make demo``: one real model, compressed to 0.7 of its linears' bytes in two ways.
 
-usage: run.py WORK_DIR
+usage: run.py WORK_DIR [MODEL]
 
-Runs the installed ``cospadi`` command as a user would and prints one table. Calibration and evaluation
-texts are the two halves of the language reference inside CPython (``builtin``), so that no data set is needed.
+MODEL is compressed in place of the demonstration's own. Runs the installed ``cospadi`` command as a user would and
+prints one table. Calibration and evaluation texts are the two halves of the language reference inside CPython
+(``builtin``), so that no data set is needed.
 """
 
 from __future__ import annotations
@@ -75,15 +76,15 @@ def measure(name: str, directory: Path, model: Path, linear_bytes: int) -> Row:
 
 
 def compress(
-    directory: Path, source: Path, name: str, *options: str
+    directory: Path, source: str | Path, name: str, *options: str
 ) -> tuple[Path, dict[str, object]]:
     """Compress unless a finished result is there, and inspect it."""
     out = directory / name
     if not (out / "config.json").exists():
         cospadi("compress", source, "--out", out, "--ratio", RATIO, *CALIBRATION, *options)
-    report = directory / f"{name}.inspect.json"
-    cospadi("inspect", out, "--json", report)
-    return out, json.loads(report.read_text())
+    inspected = directory / f"{name}.inspect.json"
+    cospadi("inspect", out, "--json", inspected)
+    return out, json.loads(inspected.read_text())
 
 
 def print_table(rows: list[Row]) -> None:
@@ -100,30 +101,40 @@ def print_table(rows: list[Row]) -> None:
         print(f"{row.name}: {row.text}\n")
 
 
-def main(directory: Path) -> None:
+def report(directory: Path, out: Path) -> Path:
+    """Write the measurements of a compressed model and of the dense one into its page and its card."""
+    original, compressed = directory / "dense.eval.json", directory / f"{out.name}.eval.json"
+    cospadi("report", out, "--original", original, "--eval", compressed)
+    return out / "report.html"
+
+
+def main(directory: Path, model: str | Path | None = None) -> None:
     """Run everything; finished parts are kept and not run again."""
     start = time.perf_counter()
-    gguf = fetch_smollm2(directory / "source")
+    source = model or fetch_smollm2(directory / "source")
     # a faster rise than the default: a few per cent more error, a minute and a half less
-    sparse, report = compress(directory, gguf, "cospadi", "--set", "penalty_growth=1.3")
-    low_rank, _ = compress(directory, gguf, "svd-llm", "--method", "svd-llm")
+    sparse, inspected = compress(directory, source, "cospadi", "--set", "penalty_growth=1.3")
+    low_rank, _ = compress(directory, source, "svd-llm", "--method", "svd-llm")
     dense = directory / "dense"
     if not (dense / "config.json").exists():
         shutil.rmtree(dense, ignore_errors=True)
-        cospadi("export", gguf, "--dense", "--out", dense)
-    sizes = report["bytes"]["linears"]
+        cospadi("export", source, "--dense", "--out", dense)
+    sizes = inspected["bytes"]["linears"]
     rows = [
         measure("dense", directory, dense, sizes["dense"]),
         measure("svd-llm", directory, low_rank, sizes["stored"]),
         measure("cospadi", directory, sparse, sizes["stored"]),
     ]
+    pages = [report(directory, out) for out in (sparse, low_rank)]
     print_table(rows)
+    for page in pages:
+        print(f"report: {page}\nmodel card: {page.with_name('README.md')}")
     print(
         f"finished in {(time.perf_counter() - start) / 60:.1f} minutes; models and logs are in {directory}/"
     )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -52,6 +52,24 @@ class VerificationError(CospadiError):
     exit_code = 4
 
 
+EXTRAS = {
+    "gguf": ("gguf>=0.17", "accelerate>=1.0"),
+    "datasets": ("datasets>=3",),
+    "ray": ("ray>=2.40",),
+    "onnx": ("onnxruntime>=1.16", "onnxscript>=0.5"),
+    "sklearn": ("scikit-learn>=1.6",),
+    "peft": ("peft>=0.21",),
+    "eval": ("accelerate>=1.0", "lm-eval>=0.4.13,<0.5"),
+}
+"""What the extras of pyproject.toml install; a test compares them."""
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, by their own names: cospadi itself need not be on an index."""
+    packages = " ".join(f'"{package}"' for package in EXTRAS[extra])
+    return f"pip install {packages}"
+
+
 def brief(value: object) -> str:
     """Represent an untrusted value on one short line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:

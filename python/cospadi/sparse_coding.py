@@ -5,8 +5,9 @@ Signals and atoms are rows, as in scikit-learn. Arrays of NumPy give arrays, ten
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def omp(
         ``[n_atoms, n_features]`` on the CPU; norms may differ. float32 or float64 of torch; other real types of NumPy
         are taken as float64.
     signals : array or tensor
-        ``[n_signals, n_features]``, same type.
+        ``[n_signals, n_features]``, same type; not an array of NumPy beside a tensor of torch.
     sparsity : int
         Atoms per signal, ``1 <= sparsity <= n_atoms``.
     selection : {"omp", "ormp"}
@@ -99,7 +100,7 @@ def omp(
     Raises
     ------
     InputError
-        A ValueError: wrong type, device, shape or sparsity, or a value that is not finite.
+        A ValueError: wrong type, device, shape or sparsity, or values that are not finite or too large to multiply.
 
     Examples
     --------
@@ -107,7 +108,9 @@ def omp(
     >>> approximation = code.dense() @ atoms
     """
     dictionary, rows = _matrix("atoms", atoms), _matrix("signals", signals)
+    _check_kind(atoms, signals)
     _check_pair(dictionary, rows)
+    sparsity = _checked_coding(sparsity, dictionary.shape[0], selection, num_threads)
     indices, coeffs = _encode(dictionary, rows, sparsity, selection, num_threads)
     return SparseCode(_like(signals, indices), _like(signals, coeffs), dictionary.shape[0])
 
@@ -135,7 +138,7 @@ def ksvd(
     Parameters
     ----------
     signals : array or tensor
-        ``[n_signals, n_features]``, types as for `omp`.
+        ``[n_signals, n_features]``, at least one, types as for `omp`.
     n_atoms, sparsity : int
         Atoms to learn, and atoms per signal.
     iterations : int
@@ -150,7 +153,7 @@ def ksvd(
     tolerance : float
         Stop when the relative error falls by less than this share in one iteration; 0 runs all.
     seed : int
-        Of the start.
+        Of the start, in ``[0, 2^63)``.
 
     Returns
     -------
@@ -166,19 +169,28 @@ def ksvd(
     Aharon, Elad, Bruckstein: K-SVD (2006); Rubinstein et al. (2008).
     """
     rows = _matrix("signals", signals)
-    for name, value in (("n_atoms", n_atoms), ("iterations", iterations)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
-    if not torch.isfinite(rows).all():
-        raise InputError("signals: hold values that are not finite")
+    if not rows.numel():
+        raise InputError(f"signals: expected at least one value, got shape {tuple(rows.shape)}")
+    n_atoms = _integer("n_atoms", n_atoms, 1)
+    iterations = _integer("iterations", iterations, 1)
+    sweeps = _integer("sweeps", sweeps, 1)
+    power_iterations = _integer("power_iterations", power_iterations, 0)
+    block_size = _integer("block_size", block_size, 1)
+    seed = _integer("seed", seed, 0)
+    if seed >= 2**63:
+        raise InputError(f"seed: expected an integer in [0, 2^63), got {seed}")
+    sparsity = _checked_coding(sparsity, n_atoms, selection, num_threads)
+    energy = float(rows.double().square().sum())
+    if energy > torch.finfo(rows.dtype).max:
+        raise InputError("signals: too large, their squares overflow; scale them down")
     if atoms is None:
         dictionary = _first_atoms(rows, n_atoms, seed)
     else:
         dictionary = _matrix("atoms", atoms).clone()
+        _check_kind(atoms, signals)
         if dictionary.shape[0] != n_atoms:
             raise InputError(f"atoms: expected n_atoms = {n_atoms} rows, got {dictionary.shape[0]}")
     _check_pair(dictionary, rows)
-    energy = float(rows.double().square().sum())
     errors: list[float] = []
     for _ in range(iterations):
         indices, coeffs = _encode(dictionary, rows, sparsity, selection, num_threads)
@@ -208,10 +220,19 @@ def _encode(
     num_threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gram = atoms @ atoms.T
-    parts = [
-        omp_encode(gram, rows @ atoms.T, sparsity, selection=selection, num_threads=num_threads)
-        for rows in (signals.split(BATCH) if len(signals) else (signals,))
-    ]
+    # values are finite, so that only a product that overflows can be otherwise
+    if not torch.isfinite(gram).all():
+        raise InputError("atoms: too large, their products overflow; scale them down")
+    parts = []
+    for rows in signals.split(BATCH) if len(signals) else (signals,):
+        correlations = rows @ atoms.T
+        if not torch.isfinite(correlations).all():
+            raise InputError(
+                "signals: too large, products with the atoms overflow; scale them down"
+            )
+        parts.append(
+            omp_encode(gram, correlations, sparsity, selection=selection, num_threads=num_threads)
+        )
     return torch.cat([p.indices for p in parts]), torch.cat([p.coeffs for p in parts])
 
 
@@ -242,7 +263,49 @@ def _matrix(name: str, value: Any) -> torch.Tensor:  # noqa: ANN401
         matrix = torch.from_numpy(np.require(array, dtype, ["C", "W"]))
     if matrix.ndim != 2:
         raise InputError(f"{name}: expected a matrix, got shape {tuple(matrix.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise InputError(f"{name}: hold values that are not finite")
     return matrix.contiguous()
+
+
+def _integer(name: str, value: Any, lowest: int) -> int:  # noqa: ANN401
+    """An integer of Python or NumPy, at least `lowest`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = lowest - 1
+    if isinstance(value, (bool, np.bool_)) or number < lowest:
+        raise InputError(f"{name}: expected an integer of at least {lowest}, got {value!r}")
+    return number
+
+
+def _checked_coding(
+    sparsity: Any,  # noqa: ANN401
+    n_atoms: int,
+    selection: str,
+    num_threads: Any,  # noqa: ANN401
+) -> int:
+    """The sparsity, once it and what else `omp` is told are found good."""
+    if selection not in get_args(Selection):
+        raise InputError(f"selection: expected 'omp' or 'ormp', got {selection!r}")
+    if num_threads is not None:
+        _integer("num_threads", num_threads, 1)
+    try:
+        number = _integer("sparsity", sparsity, 1)
+    except InputError:
+        number = 0
+    if not 1 <= number <= n_atoms:
+        raise InputError(
+            f"sparsity: expected an integer, 1 to n_atoms = {n_atoms}, got {sparsity!r}"
+        )
+    return number
+
+
+def _check_kind(atoms: object, signals: object) -> None:
+    if isinstance(atoms, torch.Tensor) != isinstance(signals, torch.Tensor):
+        raise InputError(
+            f"atoms: expected the type of the signals, {type(signals).__name__}, got {type(atoms).__name__}"
+        )
 
 
 def _check_pair(atoms: torch.Tensor, signals: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cospadi.errors import install_command
 from cospadi.sparse_coding import Selection, ksvd, omp
 
 try:
@@ -14,7 +15,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
-        "cospadi.SparseDictionary needs scikit-learn 1.6 or newer: pip install scikit-learn"
+        f"cospadi.SparseDictionary needs scikit-learn: {install_command('sklearn')}"
     ) from error
 
 DTYPES = (np.float64, np.float32)

@@ -15,6 +15,7 @@ from cli_commands import one_line
 
 from cospadi.cli.common import megabytes
 from cospadi.cli.live import Eta
+from cospadi.pipeline.recipe_file import recipe_from_mapping
 
 
 def test_compress_prints_plain_lines_and_leaves_a_log(compressed):
@@ -137,6 +138,34 @@ def test_a_plan_for_a_gpu_needs_none(cli, tiny_model_dir, tmp_path):
     assert code == 0 and "fits alone" in said and "pinned" not in said
 
 
+@pytest.mark.parametrize("group", [(), ("recipe",)])
+def test_summaries_of_commands_are_whole(group, cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, stdout, _ = cli(*group, "--help")
+    summaries = stdout.split("Commands:\n")[1].splitlines()
+    assert code == 0 and len(summaries) == (4 if group else 13)
+    for line in summaries:
+        assert line.endswith(".") and not line.endswith("..."), line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["recipe", "schema"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_left_ends_the_command_without_a_word(arguments, unbuffered):
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cospadi", *arguments],
+            stdout=ours,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    finally:
+        os.close(ours)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_help_and_version(cli):
     for arguments in (["--help"], ["compress", "--help"]):
         code, stdout, stderr = cli(*arguments)
@@ -196,6 +225,9 @@ def test_recipes_are_written_shown_and_checked(cli, tmp_path):
     assert code == 0 and json.loads(stdout)["properties"]["ratio"]["default"] == 0.2
     code, _, stderr = cli("recipe", "show", tmp_path / "none.yaml")
     assert code == 2 and "cannot be read" in one_line(stderr)
+    for name in ("fastt", "x" * 300):
+        code, _, stderr = cli("recipe", "show", name)
+        assert code == 2 and one_line(stderr).endswith("no preset either: fast, paper, best")
     code, _, stderr = cli("recipe", "init", "--preset", "worst")
     assert code == 2 and "preset: expected one of fast, paper, best" in one_line(stderr)
     code, _, stderr = cli("recipe", "nonsense")
@@ -233,6 +265,52 @@ def test_a_budget_on_the_command_line_replaces_the_files(
     )
     assert code == 0
     assert json.loads(stdout)["ratio"]["stored"] == pytest.approx(ratio, abs=0.02)
+
+
+@pytest.mark.parametrize("file", [None, "written.yaml", "by_hand.yaml"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--ratio", 0.25, "--bits", 4), "ratio and bits"),
+        (("--bits", 4, "--target-size", "12.9MB"), "bits and target_size"),
+        (("--ratio", 0.25, "--set", "bits=4"), "ratio and bits"),
+    ],
+)
+def test_two_budgets_are_refused_with_and_without_a_file(
+    file, options, named, cli, tiny_model_dir, tmp_path
+):
+    (tmp_path / "by_hand.yaml").write_text("ratio: 0.3\n")
+    (tmp_path / "written.yaml").write_text(recipe_from_mapping({"ratio": 0.3}).to_yaml())
+    recipe = () if file is None else ("--recipe", tmp_path / file)
+    for command in (("plan",), ("compress", "--out", tmp_path / "out")):
+        code, stdout, stderr = cli(*command, tiny_model_dir("llama"), *recipe, *options)
+        assert code == 2 and stdout == ""
+        expected = f"error: settings: give one of ratio, bits and target_size, got {named}"
+        assert one_line(stderr) == expected
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [("--bits", 4), ("--target-size", "200kB")])
+def test_a_dictionary_that_a_budget_rules_out_is_refused(budget, cli, tiny_model_dir, tmp_path):
+    plan = ("plan", tiny_model_dir("llama"), *budget)
+    for kind in ("augmented", "learned", "auto"):
+        code, stdout, stderr = cli(*plan, "--dictionary", kind)
+        assert code == 2 and stdout == ""
+        assert f"settings: dictionary: {kind} does not go with" in one_line(stderr)
+    written = tmp_path / "recipe.yaml"
+    written.write_text(recipe_from_mapping({"ratio": 0.3}).to_yaml())  # names its dictionary
+    code, _, stderr = cli(*plan, "--recipe", written)
+    place = 1 + written.read_text().splitlines().index("dictionary: augmented")
+    assert code == 2
+    assert f"{written} line {place}: dictionary: augmented does not" in one_line(stderr)
+    for options in (("--recipe", written, "--dictionary", "identity"), ("--preset", "best")):
+        code, stdout, stderr = cli(*plan, *options)
+        assert code == 0, stderr
+        assert "\n* is the way that will be taken\n" in stdout
+    code, stdout, stderr = cli(
+        *plan[:2], "--dictionary", "augmented", "--ratio", 0.5, "--coeffs-dtype", "int4"
+    )
+    assert code == 0, stderr  # what the error advises
 
 
 def test_plan_takes_the_settings_of_compress(cli, tiny_model_dir, tmp_path):

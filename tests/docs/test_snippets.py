@@ -15,8 +15,8 @@ from cospadi.pipeline.recipe_file import recipe_from_mapping
 
 NOT_RUN = {
     "make ": "makes environments, downloads a model or runs these tests",
-    "pip install": "would change this environment; done by hand in a clean one",
-    "cospadi eval small --tasks": "reads data from the hub; tests/evaluation runs tasks from files",
+    "pip ": "would change this environment; done by hand in a clean one",
+    "cospadi eval small --tasks": "reads data sets; tests/evaluation runs tasks from files",
     "cospadi compare MODEL": "a process for every cell, minutes; tests/pipeline/test_compare.py",
 }
 """Commands by their beginning."""

@@ -58,6 +58,15 @@ def test_layer_computes_its_dense_weight(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_inputs_of_another_width_are_named(name):
+    layer = CospadiLinear.from_factor(factor_of(KINDS[name]), dtype=torch.float32)
+    for shape, got in (((3, 100), "100"), ((2, D_IN, 1), "1"), ((), "a scalar")):
+        message = f"^x: expected {D_IN} features in the last dimension, got {got}$"
+        with pytest.raises(InputError, match=message):
+            layer(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_layer_gives_its_factor_back(name):
     factor = factor_of(KINDS[name])
     layer = CospadiLinear.from_factor(factor)

@@ -14,7 +14,7 @@ import torch
 from compressed_models import KINDS, kind_factor
 from onnx_sessions import library, open_session
 
-needs = "is not installed (pip install cospadi[onnx])"
+needs = "is not installed (extra onnx)"
 pytest.importorskip("onnx", reason=f"onnx {needs}")
 ort = pytest.importorskip("onnxruntime", reason=f"onnxruntime {needs}")
 from onnx import TensorProto, helper  # noqa: E402

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -115,3 +117,10 @@ def test_merging_is_refused(model):
 def test_settings_that_need_the_weight(model, settings):
     with pytest.raises(InputError, match=f"LoraConfig.{next(iter(settings))}"):
         adapted(model, **settings)
+
+
+def test_without_peft_the_error_says_what_to_install():
+    program = "import sys; sys.modules['peft'] = None; import cospadi.integrations.peft"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'needs PEFT: pip install "peft>=0.21"' in done.stderr.splitlines()[-1]

@@ -14,7 +14,7 @@ from cospadi.pipeline import ray_executor
 from cospadi.pipeline.compress import compress
 from pretend_device import DEVICE, pretended_device
 
-pytest.importorskip("ray", reason="needs the extra: pip install 'cospadi[ray]'")
+pytest.importorskip("ray", reason="needs the extra ray")
 
 FAST = {
     "ratio": 0.3,

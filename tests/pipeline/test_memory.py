@@ -176,7 +176,7 @@ import sys, torch
 from cospadi.learn.fit import FitInput, FitSettings, fit
 from cospadi.learn.methods import factor_size
 from cospadi.learn.whitening import whiten_gram
-from cospadi.pipeline.heap import bound_heap
+from cospadi.native.heap import bound_heap
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
 
@@ -223,7 +223,7 @@ from cospadi.calibration.fisher import FisherStore
 from cospadi.model.discover import discover
 from cospadi.model.source import open_source
 from cospadi.model.streamed import open_streamed
-from cospadi.pipeline.heap import bound_heap
+from cospadi.native.heap import bound_heap
 from cospadi.pipeline.memory import estimate, possible_layouts
 from cospadi.pipeline.plan import make_plan
 from cospadi.pipeline.recipe import Recipe

@@ -36,7 +36,7 @@ def test_two_runs_give_equal_manifests(family, settings, tiny_model_dir, tiny_te
     assert manifest(tmp_path / "a") == manifest(tmp_path / "b")
     listed = json.loads(manifest(tmp_path / "a"))["files"]
     in_folder = {f.name for f in (tmp_path / "a").iterdir()}
-    assert in_folder - listed.keys() == {MANIFEST_FILE, RUN_FILE, "report.html"}
+    assert in_folder - listed.keys() == {MANIFEST_FILE, RUN_FILE, "report.html", "README.md"}
 
 
 def test_another_seed_gives_another_manifest(tiny_model_dir, tiny_text, tmp_path):
@@ -100,7 +100,7 @@ def test_every_file_is_checked(name, copied):
 def test_a_folder_without_a_run_record_is_one_of_an_older_version(copied):
     listed = json.loads((copied / RUN_FILE).read_text())["files"]
     (copied / RUN_FILE).unlink()
-    assert verify_manifest(copied).unlisted == ("report.html",)
+    assert verify_manifest(copied).unlisted == ("README.md", "report.html")
     content = json.loads(manifest(copied))
     content["files"] |= listed
     (copied / MANIFEST_FILE).write_text(json.dumps(content))

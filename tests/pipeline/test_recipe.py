@@ -98,6 +98,12 @@ BAD_SETTINGS = [
         "overrides.k_over_s: belongs to learned dictionaries",
     ),
     ({"bits": 4, "iterations": 20}, "iterations: belongs to learned dictionaries"),
+    ({"bits": 4, "iterations": 8}, "iterations: .* give --ratio and --coeffs-dtype with"),
+    ({"bits": 4, "dictionary": "augmented"}, "dictionary: augmented does not go with .* auto"),
+    ({"target_size": "9MB", "dictionary": "learned"}, "dictionary: learned .* leave --dictionary"),
+    ({"coeffs_dtype": "auto", "dictionary": "auto"}, "dictionary: auto .* --ratio with --coeffs"),
+    ({"bits": 4, "preset": "best", "dictionary": "augmented"}, "dictionary: augmented does not"),
+    ({"bits": 4, "dictionary": "none"}, "dictionary: expected one of"),
     ({"backward_samples": 0}, "backward_samples"),
     ({"recipe_version": 99}, "recipe_version"),
     ({"calibration": ""}, "calibration"),
@@ -155,6 +161,7 @@ def test_broken_recipe_file_names_the_line(tmp_path):
         ({"bits": 3.25, "preset": "best"}, 1 - 3.25 / 16, "auto"),
         ({"bits": 8, "coeffs_dtype": "bfloat16", "dictionary": "identity"}, 0.5, "bfloat16"),
         ({"target_size": "120MB"}, 0.2, "auto"),
+        ({"bits": 4, "dictionary": "identity"}, 0.75, "auto"),
     ],
 )
 def test_budgets_in_bits_and_bytes(data, ratio, coeffs):
@@ -163,6 +170,15 @@ def test_budgets_in_bits_and_bytes(data, ratio, coeffs):
     assert recipe.coeffs_dtype == coeffs
     assert recipe.atoms == "identity"
     assert recipe_from_mapping(recipe.to_mapping()).to_mapping() == recipe.to_mapping()
+
+
+def test_what_a_recipe_object_asks_for_is_not_ignored():
+    with pytest.raises(InputError, match="dictionary: augmented does not go with coeffs_dtype"):
+        Recipe(dictionary="augmented", coeffs_dtype="auto")
+    written = recipe_from_mapping({"bits": 3.25, "preset": "best"}).to_mapping()
+    assert written["dictionary"] == "identity"
+    with pytest.raises(InputError, match="dictionary: learned does not go with coeffs_dtype"):
+        dataclasses.replace(recipe_from_mapping(written), dictionary="learned")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +198,10 @@ def test_sizes_in_words(text, size):
 
 BAD_BUDGETS = [
     ({"bits": 4, "ratio": 0.5}, "one of ratio, bits and target_size, got ratio and bits"),
+    (
+        {"bits": 4, "ratio": 0.5, "recipe_version": 1},
+        "one of ratio, bits and target_size, got ratio and bits",
+    ),
     ({"bits": 0}, "bits: expected 0 to 16 per weight, got 0"),
     ({"bits": "four"}, "bits: expected 0 to 16"),
     ({"bits": 1.0}, "ratio: coeffs_dtype auto keeps at least 1.4 bits"),

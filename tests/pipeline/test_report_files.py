@@ -18,6 +18,7 @@ from cospadi.errors import CheckpointError, InputError
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.inspect import inspect_checkpoint
 from cospadi.pipeline.report import renew_page
+from cospadi.pipeline.stated_origin import stated_origin
 from cospadi.pipeline.verify import verify_checkpoint
 from cospadi.report.compression import read_compression
 
@@ -116,6 +117,137 @@ def test_measurements_are_added_and_the_manifest_follows(copied, tmp_path):
     assert not (copied / "cospadi_manifest.json").exists()
 
 
+def evaluation(tmp_path, model, perplexity, name="e.json", **changes):
+    """A file as eval --json writes it."""
+    data = {"model": str(model), "text": "held_out.txt", "perplexity": perplexity, "windows": 2}
+    (tmp_path / name).write_text(json.dumps({**data, "context": 64, **changes}))
+    return tmp_path / name
+
+
+def shown(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8").replace("\u2009", " ")
+    return page, (folder / "README.md").read_text(encoding="utf-8").replace("\u2009", " ")
+
+
+def test_measurements_stay_and_newer_ones_replace_them(copied, small, tiny_model_dir, tmp_path):
+    manifest = (copied / "cospadi_manifest.json").read_bytes()
+    unmeasured = shown(copied)
+    assert "Not measured yet" in unmeasured[0] and "Not measured yet" in unmeasured[1]
+    renew_page(copied, [evaluation(tmp_path, tiny_model_dir("llama"), 17.25)])
+    renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
+    task = {"piqa": {"value": 0.5, "stderr": 0.1, "metric": "acc", "items": 9}}
+    renew_page(copied, [evaluation(tmp_path, copied, None, tasks=task)])
+    # another folder of a result is neither of the two
+    renew_page(copied, [evaluation(tmp_path, small[0], 99.0)])
+    for text in shown(copied):
+        for fact in ("17.25", "20.00", "+2.75 (+15.9 %)", "piqa, acc", "99.00", "original"):
+            assert fact in text, fact
+        assert "Not measured yet" not in text
+    renew_page(copied, [evaluation(tmp_path, copied, 19.0)])
+    for text in shown(copied):
+        assert "+1.75 (+10.1 %)" in text and "20.00" not in text and "piqa" in text
+    before = shown(copied)
+    renew_page(copied)
+    assert shown(copied) == before
+    # measurements are no part of what equal inputs decide
+    assert (copied / "cospadi_manifest.json").read_bytes() == manifest
+    assert verify_manifest(copied).problems == () and verify_checkpoint(copied) == 14
+
+
+def test_the_original_may_have_been_measured_under_another_name(copied, tmp_path):
+    renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
+    renew_page(copied, originals=[evaluation(tmp_path, "exported/dense", 16.0)])
+    for text in shown(copied):
+        assert "+4.00 (+25.0 %)" in text and "exported" not in text
+
+
+def test_words_that_the_owner_added_to_the_card_stay(copied, tmp_path):
+    card = (copied / "README.md").read_text(encoding="utf-8")
+    (copied / "README.md").write_text(card + "\n## Thanks\n\nTo all.\n", encoding="utf-8")
+    renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
+    card = (copied / "README.md").read_text(encoding="utf-8")
+    assert card.endswith("\n## Thanks\n\nTo all.\n") and "20.00" in card
+    assert verify_checkpoint(copied) == 14
+    (copied / "README.md").unlink()
+    renew_page(copied)
+    card = (copied / "README.md").read_text(encoding="utf-8")
+    assert "AutoTokenizer" in card and "20.00" in card and "Thanks" not in card
+
+
+def test_a_folder_of_an_older_version_keeps_measurements(copied, tmp_path):
+    run = json.loads((copied / "cospadi_run.json").read_text())
+    manifest = json.loads((copied / "cospadi_manifest.json").read_text())
+    manifest["files"] |= run["files"]
+    (copied / "cospadi_manifest.json").write_text(json.dumps(manifest))
+    (copied / "cospadi_run.json").unlink()
+    renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
+    renew_page(copied)
+    assert all("20.00" in text for text in shown(copied)) and verify_checkpoint(copied) == 14
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"files": {}, "measured": 3}, r"cospadi_run\.json: measured: expected a list"),
+        ({"files": {}, "measured": [{"model": "a"}]}, r"measured\[0\]: key 'what' is missing"),
+        ({"files": {}, "measured": [[]]}, r"measured\[0\]: expected an object"),
+    ],
+)
+def test_hostile_measurements_are_refused_and_nothing_changes(content, message, copied, tmp_path):
+    before = shown(copied)
+    (copied / "cospadi_run.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
+    assert shown(copied) == before
+
+
+def test_measured_names_cannot_become_markup(copied, tmp_path):
+    evil = "</style><script>alert(1)</script>\n## Reproduce\n[x](http://y)"
+    renew_page(copied, [evaluation(tmp_path, evil, 20.0, text=evil)])
+    page, card = shown(copied)
+    assert "<script" not in page and not re.search(r"(?<!\\)<script|(?<!\\)\]\(http", card)
+    assert card.count("\n## ") == 2
+
+
+def test_the_command_of_the_page_and_of_the_card_names_the_threads(copied, small):
+    threads = f"--threads {json.loads((copied / 'cospadi_run.json').read_text())['threads']}"
+    assert all(f"--recipe recipe.yaml {threads}" in text for text in shown(copied))
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "found"),
+    [
+        (
+            "---\nlicense: apache-2.0\nbase_model: org/a\n---\n",
+            {},
+            {"license": "apache-2.0", "base_model": "org/a"},
+        ),
+        (
+            "---\nbase_model:\n- org/a\nlicense: 'mit'\n---\n",
+            {},
+            {"license": "mit", "base_model": "org/a"},
+        ),
+        ("---\nbase_model:\n- org/a\n- org/b\n---\n", {}, {}),
+        ("no front matter\nlicense: mit\n", {"_name_or_path": "org/a"}, {"base_model": "org/a"}),
+        ("---\nlicense: [mit]\nbase_model: ../../etc\n---\n", {"_name_or_path": "/home/me/x"}, {}),
+        (None, {"license": 3}, {}),
+    ],
+)
+def test_origin_and_licence_are_taken_where_they_are_stated(card, config, found, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stated_origin(tmp_path) == found
+    assert stated_origin(tmp_path / "a.gguf") == {}
+
+
+def test_a_compression_passes_origin_and_licence_on(damaged_dir, tmp_path):
+    (damaged_dir / "README.md").write_text("---\nlicense: mit\nbase_model: org/a\n---\n# A model\n")
+    compress(damaged_dir, tmp_path / "out", calibration="none", ratio=0.3)
+    card = (tmp_path / "out/README.md").read_text()
+    assert '\nbase_model: "org/a"\nlicense: "mit"\n---\n' in card
+
+
 def test_what_cannot_be_read_is_named_and_nothing_changes(copied, tmp_path):
     before = (copied / "report.html").read_bytes()
     file = tmp_path / "e.json"
@@ -147,8 +279,10 @@ def test_a_resumed_run_says_so(tiny_model_dir, tiny_text, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compress(tiny_model_dir("llama"), out, listener=dying, **settings)
     result = compress(tiny_model_dir("llama"), out, **settings)
-    assert result.n_resumed == 3
-    assert "3 linears came from an earlier process" in (out / "report.html").read_text("utf-8")
+    # those that ran beside the third may have been finished, too
+    assert 3 <= result.n_resumed < 3 + torch.get_num_threads()
+    text = f"{result.n_resumed} linears came from an earlier process"
+    assert text in (out / "report.html").read_text("utf-8")
 
 
 def test_the_load_example_of_the_card_works_when_pasted(small):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from made_up_compression import SHIFTED, compression
 from page_reader import Reader, assert_self_contained
 
+from cospadi.cli.app import app
 from cospadi.errors import InputError
 from cospadi.report import parts
 from cospadi.report.compression import read_compression
-from cospadi.report.compression_page import STYLES, compression_page
+from cospadi.report.compression_page import HOW_TO_MEASURE, STYLES, compression_page
 from cospadi.report.linear_table import linear_table
 from cospadi.report.maps import colour_scale
-from cospadi.report.scores import read_scores
+from cospadi.report.scores import COMPRESSED, ORIGINAL, kept_scores, merged, read_scores, to_plain
 
 CSS = "".join(Path(parts.__file__).with_name(name).read_text(encoding="utf-8") for name in STYLES)
 EVIL = '</style></title><script>alert("1")</script>&amp;\x1b[31m\x00\ud800 é漢字\u202e'
@@ -203,9 +207,80 @@ def test_scores_of_equal_protocol_stand_together():
     scores = [score for file in files for score in read_scores(file, "e.json")]
     rows = Reader(compression_page(compression(layers=1), scores)).rows
     at = rows.index(["wiki.test.raw, perplexity (16 windows of 1024 tokens, ids abababababab)"])
-    assert rows[at + 1 : at + 3] == [["dense", "22.88", "–"], ["small", "24.16", "–"]]
+    assert rows[at + 1 : at + 3] == [["dense", "22.88", "–", "–"], ["small", "24.16", "–", "–"]]
     assert ["wiki.test.raw, perplexity (2 windows of 1024 tokens, ids abababababab)"] in rows
-    assert ["small", "0.6600", "0.0110"] in rows
+    assert ["small", "0.6600", "0.0110", "–"] in rows
+
+
+def measured(value, role, model="m", **changes):
+    (score,) = read_scores(evaluation(model, value), "e.json")
+    return replace(score, role=role, **changes)
+
+
+def test_original_and_compressed_are_named_and_compared():
+    scores = [measured(30.0, None, "other"), measured(24.0, COMPRESSED), measured(20.0, ORIGINAL)]
+    reader = Reader(compression_page(compression(layers=1), scores))
+    rows = [[cell.replace("\u2009", " ") for cell in row] for row in reader.rows]
+    at = rows.index(["original", "20.00", "–", "–"])
+    assert rows[at + 1] == ["compressed", "24.00", "–", "+4.00 (+20.0 %)"]
+    assert rows[at + 2] == ["other", "30.00", "–", "+10.00 (+50.0 %)"]
+    text = reader.text.replace("\u2009", " ")
+    before = text.index("20.00 → 24.00, +4.00 (+20.0 %)")
+    assert before < text.index("Measured") < text.index("Fingerprint of its weights")
+    assert "Not measured yet" not in text
+
+
+def test_numbers_of_different_protocols_are_not_compared():
+    scores = [measured(20.0, ORIGINAL), measured(24.0, COMPRESSED, protocol="2 windows")]
+    reader = Reader(compression_page(compression(layers=1), scores))
+    assert ["compressed", "24.00", "–", "–"] in reader.rows and "→ 24.00" not in reader.text
+
+
+def test_a_page_without_measurements_says_how_to_get_them():
+    """Every option that it names exists."""
+    text = Reader(compression_page(compression(layers=1))).text
+    assert "Not measured yet" in text
+    for line in HOW_TO_MEASURE.splitlines():
+        assert line in text
+        words = line.split()
+        command = typer.main.get_command(app).get_command(None, words[1])
+        command.make_context(words[1], words[2:])
+
+
+def test_kept_numbers_come_back_and_newer_ones_replace_them():
+    first = [measured(20.0, ORIGINAL), measured(24.0, COMPRESSED), measured(9.0, None, "x")]
+    assert kept_scores(json.loads(json.dumps(to_plain(first))), "run") == first
+    again = merged(first, [measured(23.0, COMPRESSED, "elsewhere", protocol="all windows")])
+    assert [score.value for score in again] == [20.0, 9.0, 23.0]
+    named = merged(first, [measured(8.0, ORIGINAL, "x")])
+    assert [score.value for score in named] == [24.0, 8.0]
+    assert len(merged(first, [measured(1.0, COMPRESSED, what="c4.txt")])) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": "big"}, r"run\[0\].value: expected a finite number"),
+        ({"value": None}, "expected a value"),
+        ({"model": 3}, r"run\[0\].model: expected text"),
+        ({"role": ["original"]}, "no role or one of"),
+        ({"stderr": True}, r"run\[0\].stderr"),
+    ],
+)
+def test_damaged_kept_numbers_are_named(change, message):
+    (item,) = to_plain([measured(20.0, ORIGINAL)])
+    with pytest.raises(InputError, match=message):
+        kept_scores([item | change], "run")
+
+
+def test_the_table_of_linears_is_folded_and_its_terms_are_explained():
+    text = compression_page(compression(layers=1))
+    before = text[: text.index('class="ordered"')]
+    assert before.rindex("<details>") > before.rindex("</p>")
+    words = Reader(text).text
+    for term in ("“% kept” is", "X are the inputs, W is the original weight, Ŵ the compressed one"):
+        assert term in words
+    assert "the error of the weight, ‖W − Ŵ‖ / ‖W‖, looks at no text" in words
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,16 @@ def test_nothing_is_cut_if_everything_is_large():
     assert a[1] > b[1]
 
 
+@pytest.mark.parametrize("values", [(20.0, 30.0), (3e4, 2e5), (5e6, 4e8)])
+def test_labels_of_the_axis_lie_inside_the_drawing(values):
+    result = result_of(*(plain(name, 0.2, v) for name, v in zip("ab", values, strict=True)))
+    (panel,) = figures.perplexity_figure(result).panels
+    ends = [t for t in panel.iter("text") if t.get("text-anchor") == "end"]
+    assert ends
+    for label in ends:
+        assert float(label.get("x")) >= svg.CHARACTER_WIDTH * len(label.text)
+
+
 def test_seeds_give_a_mean_and_a_bar():
     result = result_of(plain("a", 0.2, 30.0, seed=1), plain("a", 0.2, 40.0, seed=2))
     (panel,) = figures.perplexity_figure(result).panels

@@ -39,7 +39,7 @@ from cospadi.errors import CheckpointError, InputError
 from cospadi.model.discover import TargetLinear
 from cospadi.model.streamed import StreamedSource
 
-VERSION = 2
+VERSION = 3
 """Of the way matrices are computed: a change is a new number, so that stored ones are not used."""
 
 CONCENTRATED = 0.1

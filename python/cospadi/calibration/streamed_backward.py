@@ -24,6 +24,7 @@ from cospadi.calibration.backward import (
 from cospadi.calibration.streamed import HiddenStates, StreamedDecoder, embedded
 from cospadi.model.discover import decoder_blocks
 from cospadi.model.streamed import StreamedSource
+from cospadi.native.heap import trim_heap
 
 
 class StreamedBackward:
@@ -139,6 +140,7 @@ class StreamedBackward:
                     behind.put(part, decoder.run(index, hidden.get(part)))
                     self._count()
         hidden = self._depths[-1]
+        trim_heap()
         with self._source.resident("", without=names[0].rpartition(".")[0]):
             for part in self._batches:
                 hidden.put(

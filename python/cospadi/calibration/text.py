@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from cospadi.errors import InputError
+from cospadi.errors import InputError, install_command
 from cospadi.model.locate import one_line, require_hub
 
 Half = Literal["calibration", "evaluation"]
@@ -292,7 +292,7 @@ def _hub_documents(spec: str) -> Iterator[str]:
         raise InputError(f"data set {spec!r} is not of the form name[:config[:split]]")
     if find_spec("datasets") is None:
         raise InputError(
-            f"{spec!r} is no local file; a hub data set needs the package datasets: pip install 'cospadi[datasets]'"
+            f"{spec!r} is no local file; a hub data set needs the package datasets: {install_command('datasets')}"
         )
     if not require_hub(name, repo_type="dataset"):
         raise InputError(

@@ -19,7 +19,7 @@ from torch import nn
 
 from cospadi.checkpoint.atomic import check_vacant, new_folder
 from cospadi.checkpoint.load import load
-from cospadi.errors import InputError
+from cospadi.errors import InputError, install_command
 from cospadi.factor.spec import dtype_name
 from cospadi.model.layers import CospadiLinear, compressed_modules, replace_modules
 
@@ -63,7 +63,8 @@ def export_onnx(path: str | Path, out_dir: str | Path) -> Path:
 
     Notes
     -----
-    Needs ``pip install cospadi[onnx]``. Memory: the model in float32, and its compressed layers a second time.
+    Needs the packages onnx and onnxscript (the extra ``onnx``). Memory: the model in float32, and its compressed layers
+    a second time.
     """
     check_vacant(out_dir)
     _check_packages()
@@ -147,7 +148,7 @@ def _check_packages() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise InputError(
-            f"export --onnx: {' and '.join(missing)} not installed; pip install 'cospadi[onnx]'"
+            f"export --onnx: {' and '.join(missing)} not installed; {install_command('onnx')}"
         )
 
 

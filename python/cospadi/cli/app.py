@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -28,6 +29,7 @@ from cospadi.errors import CospadiError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
 EXIT_TERMINATED = 143
 
 _RESUMABLE = ("compress", "compare")
@@ -47,19 +49,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("compress")(compress.compress_command)
-app.command("compare")(compare.compare_command)
-app.command("eval")(evaluate.eval_command)
-app.command("generate")(generate.generate_command)
-app.command("inspect")(inspect.inspect_command)
-app.add_typer(recipe.recipe_app, name="recipe")
-app.command("report")(report.report_command)
-app.command("verify")(verify.verify_command)
-app.command("export")(export.export_command)
-app.command("bench")(bench.bench_command)
-app.command("plan")(plan.plan_command)
-app.command("worker")(worker.worker_command)
-app.command("doctor")(doctor.doctor_command)
+# One line each in the list of commands, where the first sentence of a docstring would be cut.
+for _name, _command, _summary in (
+    ("compress", compress.compress_command, "Write a smaller copy of a model."),
+    ("compare", compare.compare_command, "Compress by several methods and measure each result."),
+    ("eval", evaluate.eval_command, "Measure perplexity and zero-shot accuracy."),
+    ("generate", generate.generate_command, "Continue a prompt greedily, with the speed."),
+    ("inspect", inspect.inspect_command, "Show what is in a compressed directory."),
+    ("report", report.report_command, "Write report and card again, with new measurements."),
+    ("verify", verify.verify_command, "Check a compressed directory, its stated errors too."),
+    ("export", export.export_command, "Write a dense model, or ONNX."),
+    ("bench", bench.bench_command, "Measure speed against dense linears."),
+    ("plan", plan.plan_command, "Show sizes, memory and time before compressing."),
+    ("worker", worker.worker_command, "Fit matrices of a run that has --workers."),
+    ("doctor", doctor.doctor_command, "Print what a bug report needs about this machine."),
+):
+    app.command(_name, short_help=_summary)(_command)
+app.add_typer(recipe.recipe_app, name="recipe", short_help="Write, show and check recipes.")
 
 
 @app.callback(invoke_without_command=True)
@@ -80,11 +86,29 @@ def _root(
 def main() -> None:
     """Entry point: errors become one line on stderr and the documented exit code.
 
-    0 ok, 1 internal, 2 usage or input, 3 partial result, 4 verification failed, 130 interrupted, 143 terminated.
+    0 ok, 1 internal, 2 usage or input, 3 partial result, 4 verification failed, 130 interrupted, 141 nobody reads the
+    output any more, 143 terminated.
     """
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run())
+    try:
+        code = _run()
+        sys.stdout.flush()  # at the interpreter's exit an error could not be caught
+    except BrokenPipeError:
+        code = EXIT_CLOSED_PIPE
+    except SystemExit as stop:  # what typer makes of it
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        code = EXIT_CLOSED_PIPE
+    if code == EXIT_CLOSED_PIPE:
+        _drop_output()
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's exit says nothing of the closed pipe."""
+    with suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(_number: int, _frame: object) -> NoReturn:

@@ -38,27 +38,17 @@ def show_warning(text: str) -> None:
 
 def build_recipe(recipe_file: Path | None, options: dict[str, Any], settings: list[str]) -> Recipe:
     """Recipe from file, then options, then ``--set``; later ones win. Options left at None do not count."""
-    from cospadi.pipeline.recipe import BUDGETS
     from cospadi.pipeline.recipe_file import (
-        RecipeFile,
         parse_setting,
-        read_recipe_file,
         recipe_from_mapping,
+        recipe_over_file,
     )
 
-    file = read_recipe_file(recipe_file) if recipe_file is not None else RecipeFile({}, {})
-    data = file.data
     chosen = {key: value for key, value in options.items() if value not in (None, [])}
     chosen.update(parse_setting(text) for text in settings)
-    if any(
-        key in chosen for key in BUDGETS
-    ):  # a budget given here replaces the file's, in whatever unit
-        data = {key: value for key, value in data.items() if key not in BUDGETS}
-    data.update(chosen)
-    # what was given here has no line in the file
-    lines = {path: line for path, line in file.lines.items() if path[0] not in chosen}
-    source = str(recipe_file) if recipe_file else "settings"
-    return recipe_from_mapping(data, source=source, lines=lines)
+    if recipe_file is None:
+        return recipe_from_mapping(chosen, source="settings")
+    return recipe_over_file(recipe_file, chosen)
 
 
 def set_threads(threads: int | None) -> None:

@@ -69,8 +69,8 @@ def compress_command(
     given = options.given_settings(locals())
     quiet_libraries()
     built = build_recipe(recipe, given, settings or [])
+    from cospadi.native.heap import keep_heap
     from cospadi.pipeline.compress import compress
-    from cospadi.pipeline.heap import keep_heap
 
     if max_memory is None:
         keep_heap()

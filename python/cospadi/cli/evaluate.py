@@ -70,7 +70,7 @@ def eval_command(
         from cospadi.evaluation.tasks import check_tasks
 
         check_tasks(names, data_dir=task_data)
-    from cospadi.pipeline.heap import keep_heap
+    from cospadi.native.heap import keep_heap
     from cospadi.pipeline.open_model import open_model, require_tokenizer
 
     keep_heap()

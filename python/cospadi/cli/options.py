@@ -37,7 +37,8 @@ Dictionary = Annotated[
     str | None,
     typer.Option(
         help="Atoms: learned, identity (the inputs), both: augmented, or the best for every linear: auto [augmented; "
-        "learned where one of --solver, --iterations, --power-iterations, --k-over-s, --init is given]."
+        "learned where one of --solver, --iterations, --power-iterations, --k-over-s, --init is given; identity alone "
+        "with --bits or --target-size]."
     ),
 ]
 Solver = Annotated[

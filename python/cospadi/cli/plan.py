@@ -110,6 +110,7 @@ def plan_command(
             f"{'* ' if way['is_chosen'] else '  '}memory {megabytes(way['peak_bytes'])} {way['how']}; disk "
             f"{megabytes(way['work_disk_bytes'])} while it runs, {megabytes(way['output_bytes'])} in the end"
         )
+    typer.echo("* is the way that will be taken")
     if found["device"] is not None:
         _show_device(found["device"])
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -46,11 +47,18 @@ def show_command(
     from cospadi.pipeline.presets import PRESETS
     from cospadi.pipeline.recipe_file import read_recipe, recipe_from_mapping
 
+    is_known = recipe in PRESETS
+    with suppress(OSError):  # a name that no file can have
+        is_known = is_known or Path(recipe).exists()
+    if not is_known:
+        raise InputError(
+            f"recipe {recipe}: cannot be read: no such file, and no preset either: {', '.join(PRESETS)}"
+        )
     built = recipe_from_mapping({"preset": recipe}) if recipe in PRESETS else read_recipe(recipe)
     typer.echo(built.to_yaml(), nl=False)
 
 
-@recipe_app.command("validate")
+@recipe_app.command("validate", short_help="Check a recipe and name the first error.")
 def validate_command(recipe: Path = typer.Argument(..., help="YAML file.")) -> None:
     """Check a recipe; the first error is named with file, line and key. Exit code 2: it cannot be used."""
     from cospadi.pipeline.recipe_file import read_recipe

@@ -12,10 +12,18 @@ def report_command(
     evaluation: list[Path] = typer.Option(
         [],
         "--eval",
-        help="JSON file that eval --json wrote, of this model, the dense one or others; repeatable.",
+        help="JSON file that eval --json wrote, of this model, the original or others; repeatable.",
+    ),
+    original: list[Path] = typer.Option(
+        [],
+        "--original",
+        help="The same of the original model, where its name does not tell; repeatable.",
     ),
 ) -> None:
-    """Write the page report.html of a compressed directory again, with measurements made since."""
+    """Write report.html and the model card of a compressed directory again, with measurements made since.
+
+    Measurements stay in the directory: a later one of the same model on the same text or task replaces the earlier.
+    """
     from cospadi.pipeline.report import renew_page
 
-    typer.echo(str(renew_page(directory, evaluation)))
+    typer.echo(str(renew_page(directory, evaluation, original)))

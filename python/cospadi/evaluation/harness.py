@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cospadi.errors import CospadiError, InputError
+from cospadi.errors import CospadiError, InputError, install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def require_harness() -> None:
         One is missing.
     """
     if find_spec("lm_eval") is None or find_spec("accelerate") is None:
-        raise InputError("zero-shot tasks need lm-evaluation-harness: pip install 'cospadi[eval]'")
+        raise InputError(f"zero-shot tasks need lm-evaluation-harness: {install_command('eval')}")
 
 
 def harness_versions() -> dict[str, str]:

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from cospadi.errors import InputError
+from cospadi.errors import InputError, install_command
 from cospadi.model.layers import CospadiLinear
+
+try:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import Linear as LoraLinear
+except ImportError as error:
+    raise ImportError(f"cospadi.integrations.peft needs PEFT: {install_command('peft')}") from error
 
 _NEEDS_WEIGHT = (
     "use_dora",

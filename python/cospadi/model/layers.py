@@ -186,6 +186,11 @@ class CospadiLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to `x` [..., d_in]; returns [..., d_out] in the type of `x`."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:  # the operator knows no layer
+            got = "a scalar" if x.dim() == 0 else x.shape[-1]
+            raise InputError(
+                f"x: expected {self.in_features} features in the last dimension, got {got}"
+            )
         dictionary, dictionary_scale = self._dictionary_on(x.device)
         packing = self.packing
         if packing is None:

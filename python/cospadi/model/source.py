@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cospadi.errors import InputError
+from cospadi.errors import InputError, install_command
 from cospadi.model.discover import TargetLinear, weight_of
 from cospadi.model.files import (
     WeightCount,
@@ -185,7 +185,7 @@ def load_config(location: Location, stored: WeightCount | None) -> PretrainedCon
         for package in ("gguf", "accelerate"):
             if find_spec(package) is None:
                 raise InputError(
-                    f"reading GGUF needs the package {package}: pip install 'cospadi[gguf]'"
+                    f"reading GGUF needs the package {package}: {install_command('gguf')}"
                 )
     else:
         raw = read_json(location.folder / "config.json")

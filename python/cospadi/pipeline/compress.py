@@ -29,6 +29,7 @@ from cospadi.model.streamed import (
     check_streamable,
     open_streamed,
 )
+from cospadi.native.heap import bound_heap, trim_heap
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
 from cospadi.pipeline.device import CUDA, checked_device, visible_gpus
 from cospadi.pipeline.events import EventLog, Listener
@@ -41,7 +42,6 @@ from cospadi.pipeline.executor import (
 )
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
-from cospadi.pipeline.heap import bound_heap
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.memory import Needs, available_bytes, choose_layout
 from cospadi.pipeline.plan import Plan, make_plan
@@ -216,6 +216,8 @@ def compress(
     # what can be refused is refused before anything is written
     recipe = with_ratio_for_size(source.model, *_plan_inputs(source, recipe), recipe)
     calibration = _load_calibration(recipe, source)
+    if isinstance(source, StreamedSource):
+        trim_heap()
     work = WorkDir(work_dir, _run_settings(source, calibration, recipe))
     log_file = out_dir.with_name(out_dir.name + ".log.jsonl")
     had_log = log_file.exists()
@@ -401,6 +403,7 @@ def plan_run(
         shapes, targets=recipe.targets or None, ignore=recipe.ignore or None
     )
     recipe = with_ratio_for_size(shapes, targets, skipped, recipe)
+    trim_heap()  # what remains is what the run begins with
     can_stream = bool(files) and not cached
     if can_stream:
         try:

@@ -17,7 +17,7 @@ from cospadi.model.streamed import StreamedSource, tied_names
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.report import REPORT_FILE, report_data, split_report
 from cospadi.pipeline.stored_factors import StoredFactors
-from cospadi.report.card import PAGE_FILE, model_card
+from cospadi.report.card import CARD_FILE, PAGE_FILE, model_card
 from cospadi.report.compression_page import compression_page
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def write_output(
     data.ratio = data.removed_shares()
     everything = report_data(source, data, result, recipe, calibration, versions)
     report, run = split_report(everything)
-    card = model_card(report, has_tokenizer=source.tokenizer is not None)
+    # the card names the threads, which differ from run to run, and gets what is measured later
+    card = model_card(everything, has_tokenizer=source.tokenizer is not None)
     files = {
         REPORT_FILE: json.dumps(report, indent=1, allow_nan=False) + "\n",
         RECIPE_FILE: recipe.to_yaml(),
-        "README.md": card,
     }
-    record = RunRecord(run, {PAGE_FILE: compression_page(everything)})
+    record = RunRecord(run, {PAGE_FILE: compression_page(everything), CARD_FILE: card})
     dtype = STORAGE_DTYPES[recipe.storage_dtype]
     if isinstance(source, StreamedSource):
         write_streamed(

@@ -31,11 +31,11 @@ from cospadi.pipeline.gradient_memory import (
 from cospadi.pipeline.plan import Plan
 from cospadi.pipeline.recipe import Recipe
 
-_FIXED_FIT_BYTES = 40 << 20
+_FIXED_FIT_BYTES = 24 << 20
 _OPENING_BYTES = 64 << 20
 _CHUNK_BYTES = 16 << 20
-_LIBRARY_BYTES = 16 << 20
-"""What libraries take when they are first used."""
+_LIBRARY_BYTES = 48 << 20
+"""What libraries take when they are first used, the tokenizer and the text."""
 _MOST_BUFFERED_ROWS = 4096
 
 
@@ -259,8 +259,7 @@ def estimate(
     outside = sum(n for key, n in sizes.items() if key not in in_blocks)
     tensor = max(sizes.values())
     block_values = max(sum(p.numel() for p in block.parameters()) for block in blocks.values())
-    tokens = min(layout.batch_size, recipe.samples) * recipe.sequence_length
-    embedding = embedding_width(model, targets)
+    embedding, widest = embedding_width(model, targets), max(max(t.d_in, t.d_out) for t in targets)
     hidden = hidden_bytes(model, targets, recipe)
     activations = activation_bytes(model, targets, recipe, layout.batch_size)
     grams, waiting = gram_bytes(
@@ -274,12 +273,18 @@ def estimate(
     rest = all_values - sum(m.d_in * m.d_out for m in plan.modules)
     output = stored + width_out * rest
     largest_factor = max(m.spec.stored_bits for m in plan.modules) // 8
+    # how blocks are called is recorded with the embeddings at hand: a batch goes through the first block, forwards
+    n_first = max(layout.batch_size, backward_batch(recipe) if recipe.uses_gradients else 0)
+    first = 4 * (
+        block_values
+        + 3 * min(n_first, recipe.samples) * recipe.sequence_length * (embedding + widest)
+    )
     on_disk = hidden if layout.is_spilled else 0
     if layout.is_streamed:
         kept = 0 if layout.is_spilled or not recipe.uses_calibration else hidden
         stages = {
             "opening the files": _OPENING_BYTES,
-            "embedding the tokens": 4 * outside + _CHUNK_BYTES + 8 * tokens * embedding + kept,
+            "embedding the tokens": 4 * outside + max(_CHUNK_BYTES, first) + kept,
             "calibration of a block": 4 * block_values + _CHUNK_BYTES + activations + grams + kept,
             "fits": fit + waiting + kept,
             "writing": (4 + width_out) * tensor + 3 * largest_factor,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cospadi.errors import InputError
+from cospadi.errors import InputError, install_command
 from cospadi.pipeline.device import kind_of, same_device
 from cospadi.pipeline.events import EventLog
 from cospadi.pipeline.executor import Done, Outcome, queued_bytes
@@ -45,7 +45,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError:
-            raise InputError("executor ray: needs Ray: pip install 'cospadi[ray]'") from None
+            raise InputError(f"executor ray: needs Ray: {install_command('ray')}") from None
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:

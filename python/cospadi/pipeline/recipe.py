@@ -176,7 +176,7 @@ class Recipe:
     coeffs_dtype : str or None
         Type of the stored coefficients: a floating type, ``bfloat14``, ``int8``, ``int4``; None: `storage_dtype`.
         ``auto``: every linear keeps its weights as integers of the width that its share of the bytes allows, below 4
-        bits a part of them (`cospadi.learn.widths`); atoms are the inputs then, whatever `dictionary` says.
+        bits a part of them (`cospadi.learn.widths`); atoms are the inputs then, and another `dictionary` is refused.
     target_size : int or None
         Bytes that all weights of the result may take, those outside the compressed linears included. Sets `ratio` once
         the model is known.
@@ -326,10 +326,7 @@ class Recipe:
             and self.atoms not in ("learned", "auto")
             and self._of_alternation()
         ):
-            raise InputError(
-                f"{self._of_alternation()[0]}: belongs to learned dictionaries, not to {self.atoms} ones; leave it out "
-                "or give --dictionary learned"
-            )
+            raise not_learned(self._of_alternation()[0], self.atoms, self.coeffs_dtype)
         if self.atoms == "auto" and self.group_size > 1:
             raise InputError("dictionary: auto works with group_size 1, a choice for every linear")
         for name, value, off in (
@@ -394,6 +391,12 @@ class Recipe:
         ):
             if value != expected:
                 raise InputError(f"coeffs_dtype: auto works with {name} {expected}, got {value}")
+        if self.dictionary not in (None, "identity"):
+            raise InputError(
+                f"dictionary: {self.dictionary} does not go with coeffs_dtype auto, which --bits and --target-size "
+                "stand for: the inputs alone are atoms then; leave --dictionary out or give identity, or give --ratio "
+                "with --coeffs-dtype"
+            )
         if kept_bits(self.ratio) < LOWEST_BITS:
             raise InputError(
                 f"ratio: coeffs_dtype auto keeps at least {LOWEST_BITS} bits per weight "
@@ -513,6 +516,15 @@ class Recipe:
     def to_yaml(self) -> str:
         """YAML text of the recipe."""
         return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+
+def not_learned(name: str, atoms: str, coeffs_dtype: str | None) -> SettingError:
+    """What is said about a setting of `LEARNED_ONLY` beside other atoms."""
+    way = "--ratio and --coeffs-dtype with " if coeffs_dtype == AUTO else ""
+    return SettingError(
+        f"{name}: belongs to learned dictionaries, not to {atoms} ones; leave it out or give {way}--dictionary learned",
+        *name.split("."),
+    )
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from cospadi.pipeline.recipe import (
     Override,
     Recipe,
     SettingError,
+    not_learned,
 )
 
 KeyPath = tuple[str | int, ...]
@@ -45,6 +46,22 @@ def read_recipe(path: str | Path) -> Recipe:
     """The recipe of a YAML file; errors name the line."""
     file = read_recipe_file(path)
     return recipe_from_mapping(file.data, source=str(path), lines=file.lines)
+
+
+def recipe_over_file(path: str | Path, chosen: Mapping[str, Any]) -> Recipe:
+    """The recipe of a YAML file with settings over it; a budget among them replaces the file's, in whatever unit.
+
+    Errors name the line of what stands in the file.
+    """
+    file = read_recipe_file(path)
+    try:
+        _check_one_budget(chosen)
+    except SettingError as error:
+        raise SettingError(f"settings: {error}", *error.path) from None
+    has_budget = any(key in chosen for key in BUDGETS)
+    kept = {k: v for k, v in file.data.items() if not (has_budget and k in BUDGETS)}
+    lines = {place: line for place, line in file.lines.items() if place[0] not in chosen}
+    return recipe_from_mapping(kept | dict(chosen), source=str(path), lines=lines)
 
 
 def recipe_from_mapping(
@@ -83,10 +100,15 @@ def _build(data: Mapping[str, Any]) -> Recipe:
             raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
         values = {**PRESETS[preset], **values}
     _set_budget(values, data)
-    if values.get("dictionary") is None and any(
-        values.get(key) is not None for key in LEARNED_ONLY
-    ):
+    is_auto = values.get("coeffs_dtype") == AUTO
+    if is_auto and data.get("dictionary") is None:
+        # the dictionary of a preset is for other types; one that was asked for is checked by the recipe
+        values.pop("dictionary", None)
+    asked = [key for key in LEARNED_ONLY if values.get(key) is not None]
+    if asked and values.get("dictionary") is None:
         # a written recipe names its dictionary
+        if is_auto:
+            raise not_learned(asked[0], "identity", AUTO)
         values["dictionary"] = "learned"
     version = values.pop("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
@@ -130,11 +152,7 @@ def _line_of(path: KeyPath, lines: Lines) -> int | None:
 
 def _set_budget(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Replace ``bits`` and a size in words by settings; such a budget leaves the type of coefficients open."""
-    named = [key for key in given if key in BUDGETS and given[key] is not None]
-    # a written recipe holds the ratio that its target size led to
-    if len(named) > 1 and "recipe_version" not in given:
-        listed = " and ".join(key for key in BUDGETS if key in named)
-        raise SettingError(f"give one of ratio, bits and target_size, got {listed}", named[-1])
+    _check_one_budget(given)
     bits = values.pop("bits", None)
     if bits is not None:
         if (
@@ -149,6 +167,16 @@ def _set_budget(values: dict[str, Any], given: Mapping[str, Any]) -> None:
         values["target_size"] = parse_size(size)
     if (bits is not None or size is not None) and values.get("coeffs_dtype") is None:
         values["coeffs_dtype"] = AUTO
+
+
+def _check_one_budget(given: Mapping[str, Any]) -> None:
+    """Refuse two budgets, of which one would be ignored."""
+    named = [key for key in given if key in BUDGETS and given[key] is not None]
+    if "recipe_version" in given and "bits" not in named:
+        return  # a written recipe holds the ratio that its target size led to
+    if len(named) > 1:
+        listed = " and ".join(key for key in BUDGETS if key in named)
+        raise SettingError(f"give one of ratio, bits and target_size, got {listed}", named[-1])
 
 
 MAX_RECIPE_BYTES = 1_000_000

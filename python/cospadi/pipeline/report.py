@@ -14,16 +14,17 @@ from cospadi.calibration.data import CalibrationSet
 from cospadi.checkpoint.format import CospadiConfigData, ModuleEntry
 from cospadi.checkpoint.manifest import RUN_FILE, has_manifest, renew_manifest
 from cospadi.checkpoint.reader import checked_file
-from cospadi.checkpoint.strict_json import check_plain, read_json_object
 from cospadi.errors import CheckpointError, InputError
 from cospadi.factor.spec import removed_shares
 from cospadi.model.source import SourceModel
 from cospadi.model.streamed import StreamedSource
+from cospadi.pipeline.measurements import add_measurements, plain_object, write_measurements
 from cospadi.pipeline.recipe import Recipe
-from cospadi.report.card import PAGE_FILE
+from cospadi.pipeline.stated_origin import stated_origin
+from cospadi.report.card import CARD_FILE, PAGE_FILE, model_card, with_measured
 from cospadi.report.compression_page import compression_page
 from cospadi.report.files import write_text
-from cospadi.report.scores import read_scores
+from cospadi.report.scores import Score
 
 if TYPE_CHECKING:
     from cospadi.pipeline.compress import CompressResult
@@ -63,7 +64,12 @@ def report_data(
     sizes = {"dense": result.dense_bytes, "stored": result.stored_bytes}
     return {
         "report_version": REPORT_VERSION,
-        "source": {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint},
+        "source": {
+            "name": source.name,
+            "kind": source.kind,
+            "fingerprint": source.fingerprint,
+            **stated_origin(source.path),
+        },
         "recipe": recipe.to_mapping(),
         "calibration": None
         if calibration is None
@@ -136,10 +142,10 @@ def read_report(directory: str | Path) -> dict[str, Any]:
         One of them is no plain JSON object, or leads out of the directory.
     """
     folder = Path(directory)
-    report = _plain_object(checked_file(folder, REPORT_FILE))
+    report = plain_object(checked_file(folder, REPORT_FILE))
     if not os.path.lexists(folder / RUN_FILE):
         return report
-    run = _plain_object(checked_file(folder, RUN_FILE))
+    run = plain_object(checked_file(folder, RUN_FILE))
     report |= {key: run[key] for key in RUN_KEYS if key in run}
     modules, times = report.get("modules"), run.get("modules")
     if isinstance(modules, dict) and isinstance(times, dict):
@@ -184,15 +190,24 @@ def _other_values(model: nn.Module, data: CospadiConfigData) -> int:
     return sum(others.values())
 
 
-def renew_page(directory: str | Path, evaluations: Sequence[str | Path] = ()) -> Path:
-    """Write the page of a compressed checkpoint again, from its report.
+def renew_page(
+    directory: str | Path,
+    evaluations: Sequence[str | Path] = (),
+    originals: Sequence[str | Path] = (),
+) -> Path:
+    """Write the page of a compressed checkpoint again, from its report, and the measurements in its model card.
+
+    Measurements stay in the folder: later calls add to them, and replace those of the same model on the same text or
+    task.
 
     Parameters
     ----------
     directory : str or Path
         Compressed directory. Its manifest, where there is one, follows.
     evaluations : sequence of str or Path
-        Files of ``cospadi eval --json`` whose numbers the page shows, of this model, of the dense one, of others.
+        Files of ``cospadi eval --json`` whose numbers the page shows, of this model, of the original one, of others.
+    originals : sequence of str or Path
+        Such files of the original model, under whatever name it was measured.
 
     Returns
     -------
@@ -210,21 +225,33 @@ def renew_page(directory: str | Path, evaluations: Sequence[str | Path] = ()) ->
             f"{folder / REPORT_FILE}: missing; it is in the folder that compress wrote"
         )
     data = read_report(folder)
-    scores = [
-        score for file in evaluations for score in read_scores(_plain_object(Path(file)), str(file))
-    ]
+    source = data.get("source")
+    source_name = str(source.get("name")) if isinstance(source, dict) else ""
+    scores = add_measurements(folder, source_name, evaluations, originals)
     try:
-        text = compression_page(data, scores)
+        page = compression_page(data, scores)
+        card = _renewed_card(folder, data, scores)
+    except CheckpointError:
+        raise
     except InputError as error:
         raise CheckpointError(f"{folder / REPORT_FILE}: {error}") from None
-    page = folder / PAGE_FILE
-    write_text(page, text)
-    if has_manifest(folder):
-        renew_manifest(folder, PAGE_FILE)
-    return page
+    if evaluations or originals:
+        write_measurements(folder, scores)
+    for name, text in ((PAGE_FILE, page), (CARD_FILE, card)):
+        write_text(folder / name, text)
+        if has_manifest(folder):
+            renew_manifest(folder, name)
+    return folder / PAGE_FILE
 
 
-def _plain_object(path: Path) -> dict[str, Any]:
-    data = read_json_object(path)
-    check_plain(data, str(path))
-    return data
+def _renewed_card(folder: Path, data: Mapping[str, Any], scores: Sequence[Score]) -> str:
+    """The folder's card with these measurements, or a new one where it has none."""
+    if not os.path.lexists(folder / CARD_FILE):
+        has_tokenizer = (folder / "tokenizer_config.json").exists()
+        return model_card(data, scores, has_tokenizer=has_tokenizer)
+    path = checked_file(folder, CARD_FILE)
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    return with_measured(card, scores)

@@ -20,6 +20,10 @@ LEAST_TOKENS = 4.0
 Gram of independent inputs lie within 1/4 and 9/4 of the true ones (Marchenko and Pastur); below 1 some are zero."""
 
 
+BUILTIN_TEXT = "the built-in text is for trying out, not for shipping"
+"""Remark where nothing else calibrated: it is the reference of one programming language."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """What one compressed linear got.
@@ -155,6 +159,12 @@ class Compression:
     def method(self) -> str:
         """Method of the recipe."""
         return str(self.recipe.get("method") or "unknown")
+
+    @property
+    def is_builtin_text(self) -> bool:
+        """Whether the text for trying out calibrated it, or a range of that text."""
+        spec = self.recipe.get("calibration")
+        return isinstance(spec, str) and spec.partition("[")[0] == "builtin"
 
     @property
     def command(self) -> str:

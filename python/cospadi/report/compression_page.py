@@ -8,13 +8,14 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from cospadi.report.compression import (
+    BUILTIN_TEXT,
     LEAST_TOKENS,
     PLAIN_WHITENING,
     Compression,
     Linear,
     read_compression,
 )
-from cospadi.report.conventions import CONVENTIONS
+from cospadi.report.conventions import CONVENTIONS, RELATIVE_ERROR
 from cospadi.report.linear_table import linear_table
 from cospadi.report.maps import cells_of, colour_bar, colour_scale, map_panel, places_of
 from cospadi.report.markup import element, extend
@@ -28,9 +29,13 @@ from cospadi.report.parts import (
     page_text,
     section,
 )
-from cospadi.report.scores import Score, score_table
+from cospadi.report.scores import Score, before_and_after, difference, score_table
 
 STYLES = (STYLE_FILE, "compression.css")
+
+HOW_TO_MEASURE = """cospadi eval MODEL --text TEXT --json original.json
+cospadi eval OUT --text TEXT --json compressed.json
+cospadi report OUT --original original.json --eval compressed.json"""
 
 
 def compression_page(data: Mapping[str, Any], scores: Sequence[Score] = ()) -> str:
@@ -50,9 +55,9 @@ def compression_page(data: Mapping[str, Any], scores: Sequence[Score] = ()) -> s
     """
     found = read_compression(data)
     sections = (
-        _header(found),
-        _sizes(found),
+        _header(found, scores),
         _scores(scores),
+        _sizes(found),
         _errors(found),
         _shares(found),
         _linears(found),
@@ -62,11 +67,12 @@ def compression_page(data: Mapping[str, Any], scores: Sequence[Score] = ()) -> s
         _blocks(found),
         _time(found),
         _recipe(found),
+        _provenance(found),
     )
     return page_text(f"{found.name}, compressed by cospadi", sections, STYLES)
 
 
-def _header(data: Compression) -> ET.Element:
+def _header(data: Compression, scores: Sequence[Score]) -> ET.Element:
     lead = element("p", class_="lead")
     n_linears = plural(len(data.linears), "linear")
     extend(lead, f"{n_linears} of {data.name} compressed by method {data.method}")
@@ -76,26 +82,46 @@ def _header(data: Compression) -> ET.Element:
     if "stored" in data.ratio:
         extend(lead, f", {percent(data.ratio['stored'])}{THIN_SPACE}% of the bytes removed")
     extend(lead, ".")
-    whole, left = data.model_bytes.get("dense"), data.model_bytes.get("stored")
-    if whole is not None and left is not None:
-        extend(lead, f" The whole model: {size(whole)} became {size(left)}.")
+    results = facts(
+        *(
+            (f"{name}, bfloat16 → stored", f"{size(n['dense'])} → {size(n['stored'])}")
+            for name, n in (
+                ("Whole model", data.model_bytes),
+                ("Compressed linears", data.linear_bytes),
+            )
+            if {"dense", "stored"} <= n.keys()
+        ),
+        *(
+            (
+                f"Perplexity on {original.heading}, original → compressed",
+                f"{original.shown_value} → {found.shown_value}, {difference(found, original)}",
+            )
+            for original, found in before_and_after(scores)
+        ),
+        ("Calibration", _calibration(data)),
+    )
+    results.set("class", "results")
     warning = None
     if data.failed:
         text = f"Partial: {plural(len(data.failed), 'linear')} had to stay dense, see below."
         warning = element("p", element("strong", text))
-    calibration = data.calibration
+    title = f"{data.name}, compressed"
+    return element("header", element("h1", title), lead, warning, results)
+
+
+def _calibration(data: Compression) -> str:
+    text = as_text(data.calibration.get("description")) or "none: every input counts alike"
+    return f"{text} ({BUILTIN_TEXT})" if data.is_builtin_text else text
+
+
+def _provenance(data: Compression) -> ET.Element:
     terms = facts(
         ("Source", as_text(data.source.get("name"))),
         ("Fingerprint of its weights", code(data.source.get("fingerprint"))),
-        (
-            "Calibration",
-            as_text(calibration.get("description")) or "none: every input counts alike",
-        ),
-        ("Token ids, SHA-256", code(calibration.get("ids_sha256"))),
+        ("Calibration token ids, SHA-256", code(data.calibration.get("ids_sha256"))),
         ("Versions", ", ".join(f"{name} {v}" for name, v in data.versions.items()) or None),
     )
-    title = f"{data.name}, compressed"
-    return element("header", element("h1", title), lead, warning, terms)
+    return section("Where it came from", terms)
 
 
 def _sizes(data: Compression) -> ET.Element:
@@ -118,17 +144,19 @@ def _sizes(data: Compression) -> ET.Element:
     )
     return section(
         "Bytes and ratios",
-        element("div", table, class_="scroll", tabindex="0"),
+        element("div", table, class_="scroll hinted", tabindex="0"),
         element("p", note, class_="note"),
         facts(*(CONVENTIONS[key] for key in keys)),
     )
 
 
-def _scores(scores: Sequence[Score]) -> ET.Element | None:
+def _scores(scores: Sequence[Score]) -> ET.Element:
     if not scores:
-        return None
+        text = "Not measured yet. MODEL is the original, OUT this folder, TEXT a text file (builtin: one to try with):"
+        return section("Measured", element("p", text), code(HOW_TO_MEASURE, "command"))
     note = (
-        "Measured with cospadi eval. Rows below one heading saw the same text and may be compared."
+        "Measured with cospadi eval. Rows below one heading saw the same text or task and may be compared; differences "
+        "are from the original. Lower perplexity is better, higher accuracy is better."
     )
     return section("Measured", score_table(scores), element("p", note, class_="note"))
 
@@ -136,8 +164,8 @@ def _scores(scores: Sequence[Score]) -> ET.Element | None:
 def _errors(data: Compression) -> ET.Element | None:
     known = {i.name: i.relative_error for i in data.linears if i.relative_error is not None}
     caption = [
-        "Relative error ‖X(W − Ŵ)‖ / ‖XW‖ of each linear's output over the calibration text: projections down, layers "
-        "across; 0 is exact. Numbers at the right are means of a row; the table below has every value."
+        f"{RELATIVE_ERROR}: projections down, layers across; 0 is exact. Numbers at the right are means of a row; the "
+        "table below has every value."
     ]
     return _map(
         data, "Error by layer and projection", "Figure 1.", "relative error", known, caption
@@ -188,14 +216,20 @@ def _linears(data: Compression) -> ET.Element | None:
     note = (
         "A linear y = x W is stored as y = [x | x D] S: s coefficients per output over identity atoms (the inputs "
         "themselves, free to store) and K learned atoms (the columns of the dictionary D). Bytes count values, "
-        "positions and scales; a shared dictionary is counted with its owner."
+        "positions and scales; a shared dictionary is counted with its owner. “% kept” is stored bytes as a share of "
+        "the dense ones in bfloat16; the relative error is that of figure 1 (X are the inputs, W is the original "
+        "weight, Ŵ the compressed one); the error of the weight, ‖W − Ŵ‖ / ‖W‖, looks at no text."
     )
     if data.has_allocation:
         note += " Predicted losses are in nats per token, from coarse fits before the real one."
     return section(
         "What each linear got",
         element("p", note, class_="note"),
-        linear_table(data.linears),
+        element(
+            "details",
+            element("summary", f"the table of {plural(len(data.linears), 'linear')}"),
+            linear_table(data.linears),
+        ),
         style="across",
     )
 

@@ -25,6 +25,12 @@ CONVENTIONS = {
 }
 """Heading and meaning by key of a run's ``ratio``: removed share of the dense bfloat16 model."""
 
+RELATIVE_ERROR = (
+    "Relative error of each linear's outputs on the calibration text, ‖X(W − Ŵ)‖ / ‖XW‖, where X are its inputs, W is "
+    "the original weight and Ŵ the compressed one"
+)
+"""What both pages say about the error that fits make least."""
+
 
 def conventions_of(result: Result) -> list[str]:
     """Keys of the conventions that occur, the known ones first and in the order of `CONVENTIONS`."""

@@ -40,6 +40,9 @@ SPECTRUM_FLOOR = 1e-4
 
 CURVE_POINTS = 160
 
+LABEL_GAP = 6.0
+"""Between an axis and the labels of its ticks, in px."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -121,7 +124,9 @@ def _perplexity_panel(
     for point in points:
         lines[point.series.name].append(point)
     lines = {name: sorted(p, key=lambda q: q.share) for name, p in lines.items() if p}
-    width, left, right, top, gap = 500.0, 40.0, 180.0, 14.0, 15.0
+    width, right, top, gap = 500.0, 180.0, 14.0, 15.0
+    labels = [_tick_label(tick) for tick in svg.log_ticks(*domain)]
+    left = max(40.0, svg.CHARACTER_WIDTH * max(map(len, labels)) + LABEL_GAP)
     height = max(280.0, gap * len(lines))
     x = svg.Scale((shares[0], shares[1] * 1.02), (left, width - right))
     y = svg.Scale(domain, (top + height, top), is_log=True)
@@ -159,6 +164,10 @@ def _perplexity_panel(
     return element("figure", caption, element("div", drawing, class_="scroll"), class_="panel")
 
 
+def _tick_label(tick: float) -> str:
+    return f"{tick:g}" if tick < 1e4 else quantity(tick, 0)
+
+
 def _axes(result: Result, x: svg.Scale, y: svg.Scale) -> list[ET.Element]:
     bottom, left, right = y.extent[0], x.extent[0], x.extent[1]
     dense_bytes = result.linear_bytes or 0
@@ -166,8 +175,8 @@ def _axes(result: Result, x: svg.Scale, y: svg.Scale) -> list[ET.Element]:
     parts = []
     for tick in svg.log_ticks(*y.domain):
         parts.append(svg.line(left, y(tick), right, y(tick), "grid"))
-        label = f"{tick:g}" if tick < 1e4 else quantity(tick, 0)
-        parts.append(svg.text(left - 6, y(tick) + 4, label, anchor="end", style="tick"))
+        label = _tick_label(tick)
+        parts.append(svg.text(left - LABEL_GAP, y(tick) + 4, label, anchor="end", style="tick"))
     parts.append(svg.line(left, bottom, right, bottom, "axis"))
     for tick in svg.linear_ticks(*x.domain, 7):
         parts.append(svg.line(x(tick), bottom, x(tick), bottom + 4, "axis"))

@@ -60,7 +60,7 @@ def linear_table(linears: Sequence[Linear]) -> ET.Element:
         body.append(row)
     table = element("table", element("thead", head), body, style=f"--columns:{len(columns)}")
     chosen = [(None, "as in the model")] + [(c.order, c.name) for c in columns if c.order in ranks]
-    scroll = element("div", table, class_="scroll", tabindex="0")
+    scroll = element("div", table, class_="scroll hinted", tabindex="0")
     return element("div", _choice(chosen), scroll, class_="ordered")
 
 

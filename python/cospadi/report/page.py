@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from cospadi.report import figures, tables
-from cospadi.report.conventions import CONVENTIONS, conventions_of
+from cospadi.report.conventions import CONVENTIONS, RELATIVE_ERROR, conventions_of
 from cospadi.report.files import write_text
 from cospadi.report.markup import Child, element, extend
 from cospadi.report.numbers import MISSING, THIN_SPACE, percent, plural, quantity, size
@@ -168,9 +168,8 @@ def _errors(data: Result) -> ET.Element | None:
     figure = figures.error_figure(data)
     where = "" if ratio is None else f" at ratio {ratio:g}"
     caption = [
-        f"Relative error ‖L(W − Ŵ)‖ / ‖LW‖ of each stored matrix{where}, where L is the whitening factor of the "
-        "calibration activations: projections down, layers across. One colour scale for all maps; numbers at the right "
-        "are means of a row.",
+        f"{RELATIVE_ERROR}{where}: projections down, layers across; 0 is exact. One colour scale for all maps; numbers "
+        "at the right are means of a row.",
         *figure.notes,
     ]
     return figure_section("Error by layer and projection", "Figure 2.", figure.panels, caption)

@@ -18,6 +18,12 @@ def bound_heap() -> None:
     _set(_M_TOP_PAD, 128 << 10)
 
 
+def trim_heap() -> None:
+    """Give back what small blocks left behind: between parts of a streamed run, tens of megabytes in milliseconds."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_heap() -> None:
     """Keep freed tensors of up to 32 MiB for the next ones of this process.
 
