@@ -37,6 +37,8 @@ _CHUNK_BYTES = 16 << 20
 _LIBRARY_BYTES = 48 << 20
 """What libraries take when they are first used, the tokenizer and the text."""
 _MOST_BUFFERED_ROWS = 4096
+_SPARE_SHARE = 1 / 32
+"""Of a limit, not to be filled with further fits: the single figures are estimates."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def choose_layout(
     for found in needs:
         if found.peak_bytes <= bound:
             others = found.base_bytes + found.stages["fits"] - found.fits_bytes + found.worker_bytes
-            return needs_of(found.layout, bound - others)
+            return needs_of(found.layout, int(bound * (1.0 - _SPARE_SHARE)) - others)
     if limit is None:
         return needs[-1]
     least = min(needs, key=lambda item: item.peak_bytes)
