@@ -10,7 +10,6 @@ import torch
 from cospadi import native
 from cospadi.errors import CudaUnavailableError, InputError, brief
 
-CPU = "cpu"
 CUDA = "cuda"
 
 
@@ -26,7 +25,7 @@ class DeviceKind:
         Of the GPU; empty for the CPU, whose instruction set the run's own settings record.
     """
 
-    kind: str = CPU
+    kind: str = "cpu"
     model: str = ""
 
 
@@ -40,8 +39,8 @@ def checked_device(device: str) -> torch.device:
     CudaUnavailableError
         Torch finds no GPU, or this build of cospadi has no kernels for it.
     """
-    if device == CPU:
-        return torch.device(CPU)
+    if device == "cpu":
+        return torch.device("cpu")
     if device != CUDA:
         raise InputError(f"device: expected cpu or cuda, got {brief(device)}")
     if not native.has_cuda_kernels():
