@@ -5,7 +5,6 @@ Where gradients are asked for, `linear` composes the differentiable operators of
 
 from __future__ import annotations
 
-import functools
 import platform
 from typing import Any
 
@@ -22,6 +21,15 @@ FEW_ROWS = 8
 
 FEW_HALF_ROWS = 32
 """The same for 16-bit numbers where torch multiplies them slowly."""
+
+HALVES_ARE_SLOW: bool = platform.machine().lower() in (
+    "x86_64",
+    "amd64",
+) and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether torch multiplies 16-bit numbers slowly on this processor; a constant, which torch.compile can read.
+
+Without AVX-512 its 16-bit products on x86 run at 2 to 10 GFLOP/s per core, in float32 at 90 (docs/results.md).
+"""
 
 _SCHEMA = (
     "linear(Tensor x, Tensor? dictionary, Tensor? dictionary_scale, bool has_identity, "
@@ -131,16 +139,9 @@ def _dictionary_products(
 def _is_slow(x: torch.Tensor) -> bool:
     """Whether torch multiplies numbers of this type faster after making them float32.
 
-    Without AVX-512 its 16-bit products on x86 run at 2 to 10 GFLOP/s per core, in float32 at 90 (docs/results.md).
     Sums are in float32 either way, and the result is rounded once.
     """
-    return x.device.type == "cpu" and x.dtype != torch.float32 and _halves_are_slow()
-
-
-@functools.cache
-def _halves_are_slow() -> bool:
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return HALVES_ARE_SLOW and x.device.type == "cpu" and x.dtype != torch.float32
 
 
 def _cpu(

@@ -11,7 +11,12 @@ import pytest
 import torch
 from compressed_models import FAMILIES, dense_model, logits, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 from transformers.quantizers import auto
 
 import cospadi.hf
@@ -273,6 +278,30 @@ def test_missing_tensor_is_an_error(copied, part):
     edit_tensors(copied, lambda t: t.pop(f"{MODULE}.{part}"))
     with pytest.raises(CheckpointError, match=f"{MODULE}.{part}: missing"):
         load(copied)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.norm.weight"),
+        ("llama", "lm_head.weight"),
+        ("llama", "model.embed_tokens.weight"),
+        ("qwen2", "model.layers.1.input_layernorm.weight"),
+        ("gpt2", "transformer.ln_f.bias"),
+        ("gpt2", "transformer.wte.weight"),
+    ],
+)
+def test_missing_tensor_outside_the_layers_is_an_error(stored, family, name, tmp_path):
+    shutil.copytree(stored[family], tmp_path / "copy")
+    edit_tensors(tmp_path / "copy", lambda t: t.pop(name))
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        load(tmp_path / "copy")
+
+
+def test_another_architecture_may_have_a_new_part(stored):
+    model = AutoModelForSequenceClassification.from_pretrained(stored["llama"], num_labels=3)
+    assert model.score.weight.shape[0] == 3
+    assert compressed_modules(model)
 
 
 def test_missing_bias_is_an_error(stored):

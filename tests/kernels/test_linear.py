@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_few_and_many_rows_agree(rows):
 @pytest.mark.parametrize("all_atoms", [False, True])
 @pytest.mark.parametrize("rows", [linear_op.FEW_ROWS + 1, linear_op.FEW_HALF_ROWS + 1])
 def test_whatever_torch_is_fast_at(rows, all_atoms, dtype, is_slow, monkeypatch):
-    monkeypatch.setattr(linear_op, "_halves_are_slow", lambda: is_slow)
+    monkeypatch.setattr(linear_op, "HALVES_ARE_SLOW", is_slow)
     arguments, dictionary, coeffs = make_linear(rows, 70, 45, 33, all_atoms=all_atoms, dtype=dtype)
     assert_matches(linear_op.linear(*arguments), arguments, dictionary, coeffs)
 
@@ -224,6 +225,26 @@ def test_compiled_as_one_node():
     assert len(graphs) == 1
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert [str(node.target) for node in calls] == ["cospadi.linear"]
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_compiled_with_gradients(is_slow, monkeypatch):
+    monkeypatch.setattr(linear_op, "HALVES_ARE_SLOW", is_slow)
+    arguments, _, _ = make_linear(9, 40, 12, 17, dtype=torch.bfloat16)
+    x = arguments[0].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: linear_op.linear(x, *arguments[1:]), fullgraph=True, backend="aot_eager"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = compiled(x)
+    wanted = linear_op.linear(*arguments)
+    torch.testing.assert_close(got, wanted)
+    for one, other in zip(
+        torch.autograd.grad(got.sum(), x), torch.autograd.grad(wanted.sum(), x), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_another_dtype_than_the_dictionary():

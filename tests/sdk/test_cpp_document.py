@@ -76,7 +76,7 @@ def test_project(sdk, stored, tmp_path):
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("cmake or c++ is not installed")
     (rules,) = re.findall(r"```cmake\n(.*?)```", DOCUMENT, re.DOTALL)
-    install, from_wheel, from_prefix = COMMANDS
+    install, from_wheel, from_prefix, _ = COMMANDS
     assert "cmake --install" in install  # conftest.py does it
     head = (
         "cmake_minimum_required(VERSION 3.25)\nproject(server CXX)\nadd_executable(server a.cpp)\n"
@@ -91,6 +91,25 @@ def test_project(sdk, stored, tmp_path):
         done = subprocess.run(
             command,
             shell=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("model.layers.0.")
+
+
+def test_without_cmake(sdk, stored, tmp_path):
+    """The command for a single file compiles against the wheel's library, which the program finds where it lies."""
+    if sdk.prefix is not None or shutil.which("c++") is None:
+        pytest.skip("the wheel is not installed, or c++ is not")
+    (tmp_path / "server.cpp").write_text(PROGRAMS[0][1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in (COMMANDS[-1], f"./server {stored['llama']}"):
+        done = subprocess.run(
+            ["sh", "-c", command],
             cwd=tmp_path,
             env={**os.environ, "PATH": path},
             capture_output=True,

@@ -148,6 +148,8 @@ class CospadiHfQuantizer(HfQuantizer):
             if not spread:
                 _check_loaded(layer, name)
             layer.freeze()
+        if not spread:
+            _check_rest_loaded(model)
         _cast_renamed(model, self._dtypes)
         for name, layer in compressed_modules(model).items():
             factor = layer.factor()
@@ -263,3 +265,25 @@ def _check_loaded(layer: CospadiLinear, name: str) -> None:
             raise CheckpointError(
                 f"{name}.{part}: missing from the weights, refusing random values"
             )
+
+
+def _check_rest_loaded(model: PreTrainedModel) -> None:
+    """Check that embeddings, norms and whatever else is not compressed were filled as well.
+
+    transformers alone initialises and warns. Another architecture than the stored one may have a new part, such as
+    the head of a classifier.
+    """
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        return
+    for prefix, module in model.named_modules():
+        persistent = {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+        }
+        for part, tensor in {**module._parameters, **persistent}.items():
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+                name = f"{prefix}.{part}" if prefix else part
+                raise CheckpointError(
+                    f"{name}: missing from the weights or of another shape, refusing random values"
+                )

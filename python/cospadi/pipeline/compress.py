@@ -31,6 +31,7 @@ from cospadi.model.streamed import (
 )
 from cospadi.native.heap import bound_heap, trim_heap
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
+from cospadi.pipeline.available_memory import available_bytes
 from cospadi.pipeline.device import CUDA, checked_device, visible_gpus
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.executor import (
@@ -43,7 +44,7 @@ from cospadi.pipeline.executor import (
 from cospadi.pipeline.finalize import write_output
 from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
-from cospadi.pipeline.memory import Needs, available_bytes, choose_layout
+from cospadi.pipeline.memory import Needs, choose_layout
 from cospadi.pipeline.plan import Plan, make_plan
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_size, recipe_from_mapping
@@ -58,6 +59,8 @@ from cospadi.versions import versions
 ExecutorKind = Literal["local", "ray"]
 
 MOST_WORKERS = 1024
+_AMPLE_BYTES = 4 << 30
+"""Memory beside the model that is enough for fits and gradients of what fits three times: no need to plan."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,14 @@ def _run(
     products: Products,
 ) -> CompressResult:
     grams, groups, fisher, allocation = None, None, None, None
+    if needs is not None:
+        log.emit("memory", peak_bytes=needs.peak_bytes, **vars(needs.layout))
+        if needs.peak_bytes > needs.bound_bytes:
+            log.emit(
+                "warning",
+                text=f"memory: {needs.peak_bytes / 1e6:.0f} MB planned at the least and {needs.bound_bytes / 1e6:.0f} "
+                "MB to be had: the system may kill this run (finished fits are kept, the same command goes on)",
+            )
     stages = Stages(start)
     stages.end("opening the model and the text")
     by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
@@ -310,8 +321,6 @@ def _run(
     plan = make_plan(
         targets, skipped, recipe, groups=groups, ratios=allocation.ratios if allocation else None
     )
-    if needs is not None:
-        log.emit("memory", peak_bytes=needs.peak_bytes, **vars(needs.layout))
     log.emit("start", model=source.name, out=str(out_dir), **_describe(plan, calibration, recipe))
     for note in source.notes:
         log.emit("warning", text=note)
@@ -391,13 +400,14 @@ def plan_run(
         `max_memory` does not suffice, or the model cannot be planned.
     """
     limit = None if max_memory is None else parse_size(max_memory, "max_memory")
-    if limit is not None:
-        bound_heap()
     location = resolve(model, gguf_file=None, revision=None, with_weights=True)
     files = list(location.folder.glob("*.safetensors")) if location.gguf_file is None else []
     stored = sum(file.stat().st_size for file in files)
-    if limit is None and not spill and (not stored or 3 * stored < available_bytes()):
+    ample = 3 * stored + _AMPLE_BYTES < available_bytes()
+    if limit is None and not spill and (not stored or ample):
         return None
+    if limit is not None or not ample:
+        bound_heap()
     shapes = source_shapes(model).model
     targets, skipped = discover(
         shapes, targets=recipe.targets or None, ignore=recipe.ignore or None

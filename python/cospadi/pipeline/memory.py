@@ -1,17 +1,14 @@
 """What a compression takes in memory and on the disk, before it begins; and how it is run within a bound.
 
 Estimates are upper bounds of what was measured with this package (``bench/soak/memory.py`` measures them again): a fit
-takes ``40 MiB + 13 P + 3 Q`` with ``P = 8 d_in d_out`` and ``Q = 8 d_in^2`` bytes at most, whatever the method.
+takes ``24 MiB + 13 P + 3 Q`` with ``P = 8 d_in d_out`` and ``Q = 8 d_in^2`` bytes at most, whatever the method.
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +16,7 @@ from torch import nn
 from cospadi.errors import InputError
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.model.discover import TargetLinear, decoder_blocks
+from cospadi.pipeline.available_memory import available_bytes, resident_bytes
 from cospadi.pipeline.costs import embedding_width
 from cospadi.pipeline.fit_task import fits_one_thread
 from cospadi.pipeline.gradient_memory import (
@@ -81,6 +79,8 @@ class Needs:
         Of all worker processes together.
     work_disk_bytes, output_bytes : int
         On the disk, while it runs and in the end.
+    bound_bytes : int
+        What there is: the limit that was asked for, otherwise what this process may still take.
     """
 
     layout: Layout
@@ -90,30 +90,12 @@ class Needs:
     worker_bytes: int
     work_disk_bytes: int
     output_bytes: int
+    bound_bytes: int = 1 << 62
 
     @property
     def peak_bytes(self) -> int:
         """Peak memory of all processes."""
         return self.base_bytes + max(self.stages.values()) + self.worker_bytes
-
-
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_bytes() -> int:
-    """Memory that this machine, or this process's control group, can still give."""
-    found = []
-    with suppress(OSError, IndexError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        found.append(limit - int((group / "memory.current").read_text()))
-    return min(found) if found else 1 << 62
 
 
 def whole_model_setting(recipe: Recipe) -> str | None:
@@ -188,9 +170,10 @@ def choose_layout(
     for found in needs:
         if found.peak_bytes <= bound:
             others = found.base_bytes + found.stages["fits"] - found.fits_bytes + found.worker_bytes
-            return needs_of(found.layout, int(bound * (1.0 - _SPARE_SHARE)) - others)
+            chosen = needs_of(found.layout, int(bound * (1.0 - _SPARE_SHARE)) - others)
+            return replace(chosen, bound_bytes=bound)
     if limit is None:
-        return needs[-1]
+        return replace(needs[-1], bound_bytes=bound)
     least = min(needs, key=lambda item: item.peak_bytes)
     stage = max(least.stages, key=lambda name: least.stages[name])
     because = f"; {hindrance} needs the whole model" if hindrance else ""

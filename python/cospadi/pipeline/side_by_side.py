@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from cospadi.pipeline.memory import available_bytes, fit_bytes
+from cospadi.pipeline.available_memory import available_bytes
+from cospadi.pipeline.memory import fit_bytes
 
 _Result = TypeVar("_Result")
 
