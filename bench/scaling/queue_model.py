@@ -1,10 +1,10 @@
 """The queue of `cospadi.pipeline.queue` as events: when a run of many workers ends, some of which fail.
 
-Followed to the letter: the coordinator calibrates block after block and offers each block's tasks while less than a
-bound of bytes is queued; workers win the most expensive task that is free; a claim is lost when its worker's number has
-stood still for a lease on the clock of the worker that looks, or at once where a parent saw the end; three lost
-attempts leave a matrix dense. Idle workers look all the time, busy ones between two tasks, as the real ones do. Left
-out: `POLL_S` but for one pause per wake-up, reading tasks, and links that two workers race for.
+Followed to the letter: the coordinator calibrates block after block and offers each block's tasks while
+`cospadi.pipeline.queue_bound` has room for them; workers win the most expensive task that is free; a claim is lost when
+its worker's number has stood still for a lease on the clock of the worker that looks, or at once where a parent saw the
+end; three lost attempts leave a matrix dense. Idle workers look all the time, busy ones between two tasks, as the real
+ones do. Left out: `POLL_S` but for one pause per wake-up, reading tasks, and links that two workers race for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cospadi.pipeline.executor import MOST_QUEUED_BYTES
 from cospadi.pipeline.queue import BEAT_S, LEASE_S, MOST_ATTEMPTS
+from cospadi.pipeline.queue_bound import has_room
 from cospadi.pipeline.worker import POLL_S
 
 
@@ -53,7 +53,7 @@ class Setting:
     is_local : bool
         Workers are children of the coordinator, which sees them end.
     most_bytes : int
-        Bound on what is queued.
+        What the disk has for the queue.
     most_attempts : int
         Lost attempts after which a matrix stays dense.
     """
@@ -63,20 +63,24 @@ class Setting:
     restart_s: float = 60.0
     is_local: bool = False
     lease_s: float = LEASE_S
-    most_bytes: int = MOST_QUEUED_BYTES
+    most_bytes: int = 1 << 60
     most_attempts: int = MOST_ATTEMPTS
     seed: int = 0
 
 
 @dataclass
 class Outcome:
-    """What came of it: seconds until the last task, of lost attempts, of all finished ones, of calibration; dense."""
+    """What came of it: seconds until the last task, of lost attempts, of finished ones, of calibration; what is dense.
+
+    `most_queued`: bytes that lay in the queue at most.
+    """
 
     seconds: float = 0.0
     lost_s: float = 0.0
     useful_s: float = 0.0
     calibration_s: float = 0.0
     n_failures: int = 0
+    most_queued: int = 0
     dense: list[str] = field(default_factory=list)
     claims: list[str] = field(default_factory=list)
 
@@ -152,6 +156,8 @@ class Simulation:
                 self._close(now, what)  # type: ignore[arg-type]
             elif kind == "start":
                 self._start_worker(now)
+            elif kind == "room":
+                self._publish(now)
             else:
                 self._wakes.discard(now)
                 self._wake(now)
@@ -181,14 +187,24 @@ class Simulation:
                     self._is_calibrating = True
                     self._at(now + taken, "calibrated")
                     break
-            if self._queued_bytes > self._setting.most_bytes:
-                break  # goes on when something is finished
+            if self._queued_bytes and not has_room(
+                self._queued_bytes,
+                self._setting.most_bytes,
+                self._n_free,
+                lambda: self._setting.n_workers,
+            ):
+                break  # goes on when something is claimed or finished
             self._waiting.pop()
             self._queued_bytes += task.n_bytes
+            self._outcome.most_queued = max(self._outcome.most_queued, self._queued_bytes)
             heapq.heappush(self._free, (-task.cost, task.name, task))
             is_new = True
         if is_new and self._idle:
             self._at(now + (POLL_S if now else 0.0), "wake")
+
+    def _n_free(self) -> int:
+        lost = sum(holder.died is not None for _, holder in self._claimed.values())
+        return len(self._free) + (lost if self._setting.failures_per_hour else 0)
 
     def _start_worker(self, now: float) -> None:
         worker = _Worker(next(self._names), now)
@@ -246,6 +262,8 @@ class Simulation:
         self._claimed[task.name] = (task, worker)
         self._attempts[task.name] = self._attempts.get(task.name, 0) + 1
         self._outcome.claims.append(task.name)
+        if self._waiting and not self._is_calibrating:
+            self._at(now, "room")
         self._at(now + task.seconds, "finish", (worker, task))
 
     def _finish(self, now: float, what: tuple[_Worker, Task]) -> None:

@@ -3,7 +3,7 @@
     python bench/scaling/simulate.py costs.json [--out simulation.json]
 
 Prints the tables of docs/scaling.md. Cores are those that `measure.py` measured. GPUs are an assumption, `GPU_SHARE` of
-the peak of an H200 in float32: nothing has run on one, and workers with GPUs do not exist yet.
+the peak of an H200 in float32: nothing has run on one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from queue_model import Block, Setting, Task, simulate
 
 from cospadi.learn.methods import factor_size
 from cospadi.pipeline import costs
-from cospadi.pipeline.executor import MOST_QUEUED_BYTES
 from cospadi.pipeline.plan import storage_widths
 from cospadi.pipeline.recipe import Recipe
 
@@ -105,14 +104,16 @@ def blocks_of(
     """The run of a model: calibration of a block by the coordinator, then the fits of its matrices."""
     kinds, forward, gram = [], 0.0, 0.0
     n_steps = costs.rise_steps(Recipe().first_penalty, Recipe().penalty_growth)
-    for d_in, d_out, count in model.linears:
+    for position, (d_in, d_out, count) in enumerate(model.linears, 1):
         flops = costs.augmented_flops(d_in, d_out, n_atoms(d_in, d_out, ratio), n_steps)
         seconds = worker.seconds("augmented", flops) + worker.seconds(
             "whitening", costs.whitening_flops(d_in)
         )
         # as ModulePlan.cost of a dictionary with identity atoms
         cost = 2.0 * d_in * d_out * min(d_in, d_out)
-        kinds.append((cost, seconds, 8 * d_in**2 + 4 * d_in * d_out, count))
+        # the plain Gram and, for all but the last product of the block, the one with weighted tokens
+        n_grams = 1 if position == len(model.linears) else 2
+        kinds.append((cost, seconds, n_grams * 8 * d_in**2 + 4 * d_in * d_out, count))
         forward += 2.0 * tokens * d_in * d_out * count * model.active
     # distinct inputs: of attention, of its output, of the two halves of the MLP; experts have their own
     inputs = (
@@ -142,6 +143,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def time_and_disk(found: dict[str, Any]) -> str:
+    """Duration and largest queue of a run."""
+    return f"{duration(found['seconds'])}, {found['most_queued'] / 1e9:,.0f} GB"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -168,7 +174,14 @@ def main() -> int:
         )]  # fmt: skip
         mean = {
             key: sum(getattr(o, key) for o in outcomes) / len(outcomes)
-            for key in ("seconds", "lost_s", "useful_s", "calibration_s", "n_failures")
+            for key in (
+                "seconds",
+                "lost_s",
+                "useful_s",
+                "calibration_s",
+                "n_failures",
+                "most_queued",
+            )
         }
         mean["dense"] = sum(len(o.dense) for o in outcomes) / len(outcomes)
         results.append({"model": name, "machine": machine.name, **given, **mean})
@@ -177,7 +190,7 @@ def main() -> int:
     rows = []
     for name in args.models:
         model = MODELS[name]
-        on_core, on_gpu = (run(name, m, n_workers=1, most_bytes=1 << 60) for m in (core, gpu))
+        on_core, on_gpu = (run(name, m, n_workers=1) for m in (core, gpu))
         longest = max(t.seconds for t in blocks_of(model, core, core, args.tokens)[0].tasks)
         rows.append([
             name, f"{model.n_matrices():,}", f"{on_core['useful_s'] / 3600:,.0f} h", duration(longest),
@@ -188,34 +201,22 @@ def main() -> int:
         ["model", "matrices", "fits, one core", "longest fit", "calibration, one core", "fits, one GPU (assumed)",
          "calibration, one GPU (assumed)"], rows,
     ), end="\n\n", flush=True)  # fmt: skip
-    counts = (16, 64, 256)
-    rows = [
-        [name, *(duration(run(name, core, n_workers=n)["seconds"]) for n in counts)]
-        for name in args.models
-    ]
-    print(
-        table(["cores (measured rate), as built", *map(str, counts)], rows), end="\n\n", flush=True
-    )
-    counts = (1, 4, 16, 64)
-    for label, bound in (("16 GiB queued, as built", MOST_QUEUED_BYTES), ("no bound", 1 << 60)):
+    for label, machine, counts in (
+        ("cores (measured rate)", core, (16, 64, 256)),
+        ("GPUs (assumed)", gpu, (1, 4, 16, 64)),
+    ):
         rows = [
-            [
-                name,
-                *(
-                    duration(run(name, gpu, n_workers=n, most_bytes=bound)["seconds"])
-                    for n in counts
-                ),
-            ]
+            [name, *(time_and_disk(run(name, machine, n_workers=n)) for n in counts)]
             for name in args.models
         ]
-        print(table([f"GPUs (assumed), {label}", *map(str, counts)], rows), end="\n\n", flush=True)
+        print(table([label, *map(str, counts)], rows), end="\n\n", flush=True)
     rows = []
     large = [name for name in args.models if name in ("Llama-3-70B", "Llama-3-405B")]
     cases = [(name, gpu, 16, (0.0, 0.1, 1.0)) for name in large]
     cases += [(name, core, 256, (0.0, 0.01)) for name in large[:1]]
     for name, machine, n, rates in cases:
         for rate in rates:
-            found = run(name, machine, n_workers=n, most_bytes=1 << 60, failures_per_hour=rate)
+            found = run(name, machine, n_workers=n, failures_per_hour=rate)
             rows.append([
                 name, f"{n} x {machine.name}", str(rate), duration(found["seconds"]), f"{found['n_failures']:.0f}",
                 f"{found['lost_s'] / max(found['useful_s'], 1e-9):.2%}", f"{found['dense']:.1f}",

@@ -234,7 +234,7 @@ def test_measuring_and_simulating_run(tmp_path):
         folder / "simulate.py", found, "--models", "Llama-3-8B", "--seeds", 1,
         "--out", tmp_path / "s.json",
     )  # fmt: skip
-    assert "GPUs (assumed), 16 GiB queued, as built" in said
+    assert "| GPUs (assumed) | 1 | 4 | 16 | 64 |" in said
     rows = json.loads((tmp_path / "s.json").read_text())
     times = {r["n_workers"]: r["seconds"] for r in rows if r["machine"].startswith("GPU")}
     assert times[1] > times[4] >= times[64]

@@ -38,7 +38,6 @@ from cospadi.pipeline.executor import (
     Executor,
     InProcess,
     QueueExecutor,
-    queued_bytes,
     worker_threads,
 )
 from cospadi.pipeline.finalize import write_output
@@ -46,6 +45,7 @@ from cospadi.pipeline.grams import GramSource
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.memory import Needs, choose_layout
 from cospadi.pipeline.plan import Plan, make_plan
+from cospadi.pipeline.queue_bound import disk_share
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_size, recipe_from_mapping
 from cospadi.pipeline.reconstruction import check_blockwise, reconstruct
@@ -480,7 +480,7 @@ def _executor(
     if workers is None:
         most_bytes = None if needs is None else needs.fits_bytes
         return InProcess(work, log, device, most_bytes=most_bytes)
-    return QueueExecutor(work, log, workers, device=device, most_bytes=queued_bytes(work.path))
+    return QueueExecutor(work, log, workers, device=device, most_bytes=disk_share(work.path))
 
 
 def stored_dtype(source: SourceModel | StreamedSource) -> str | None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,12 +26,11 @@ from cospadi.pipeline.fit_task import (
     run_task,
 )
 from cospadi.pipeline.queue import BEAT_S, COORDINATOR, LEASE_S, Heartbeat, Queue
+from cospadi.pipeline.queue_bound import MOST_AHEAD_BYTES, has_room
 from cospadi.pipeline.side_by_side import SideBySide
 from cospadi.pipeline.workdir import WorkDir, process_name, report_data
 from cospadi.pipeline.worker import POLL_S
 
-MOST_QUEUED_BYTES = 16 << 30
-"""Tasks on disk at a time; more wait until some are finished."""
 _MOST_IDLE_DEATHS = 3
 """Local workers that may end one after another without having begun anything."""
 
@@ -180,7 +178,7 @@ class QueueExecutor:
     lease_s, beat_s : float
         See `cospadi.pipeline.queue`.
     most_bytes : int
-        Bound on the tasks on disk.
+        Bound on the tasks on disk; see `has_room` for the other one.
 
     Notes
     -----
@@ -196,7 +194,7 @@ class QueueExecutor:
         device: torch.device = CPU,
         lease_s: float = LEASE_S,
         beat_s: float = BEAT_S,
-        most_bytes: int = MOST_QUEUED_BYTES,
+        most_bytes: int = MOST_AHEAD_BYTES,
     ) -> None:
         self._work = work
         self._log = log
@@ -229,7 +227,7 @@ class QueueExecutor:
         InputError
             The task cannot be written.
         """
-        while self._pending and sum(p.n_bytes for p in self._pending.values()) > self._most_bytes:
+        while self._pending and not self._has_room():
             self._wait()
         n_bytes = self.queue.publish(task, self._work.fingerprint)
         self._pending[task.name] = _Pending(task.names, n_bytes, done)
@@ -260,6 +258,14 @@ class QueueExecutor:
                 process.wait()
         with suppress(OSError):
             self._output.unlink()
+
+    def _has_room(self) -> bool:
+        return has_room(
+            sum(p.n_bytes for p in self._pending.values()),
+            self._most_bytes,
+            lambda: self.queue.n_free(self._pending),
+            self.queue.n_workers,
+        )
 
     def _wait(self) -> None:
         if not self._collect():
@@ -325,9 +331,3 @@ class QueueExecutor:
 def worker_threads(n_workers: int) -> int:
     """Threads of each of so many processes on this machine's cores."""
     return max(1, torch.get_num_threads() // max(1, n_workers))
-
-
-def queued_bytes(folder: Path) -> int:
-    """Bound on queued tasks for a disk: a quarter of what is free, at most `MOST_QUEUED_BYTES`."""
-    state = os.statvfs(folder)
-    return min(MOST_QUEUED_BYTES, state.f_bavail * state.f_frsize // 4)

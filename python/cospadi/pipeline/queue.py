@@ -26,7 +26,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +130,20 @@ class Queue:
         ]
         last = reasons[-1] if reasons else "its worker ended or stopped responding"
         return f"quarantined after {MOST_ATTEMPTS} attempts; the last: {last}"
+
+    def n_workers(self) -> int:
+        """Workers that were heard of within the time of a lease."""
+        names = [entry.name for entry in (self.path / "beats").iterdir()]
+        return sum(
+            is_safe_name(name) and name != COORDINATOR and not self.is_stale(name)
+            for name in names
+            if not name.endswith(".dead")
+        )
+
+    def n_free(self, names: Iterable[str]) -> int:
+        """How many of some tasks no living worker has claimed."""
+        attempts = self.attempts()
+        return sum(name not in attempts or self._is_lost(name, attempts[name]) for name in names)
 
     def mark_dead(self, worker: str) -> None:
         """Say that a worker's process has ended."""

@@ -12,9 +12,10 @@ import torch
 from cospadi.errors import InputError, install_command
 from cospadi.pipeline.device import kind_of, same_device
 from cospadi.pipeline.events import EventLog
-from cospadi.pipeline.executor import Done, Outcome, queued_bytes
+from cospadi.pipeline.executor import Done, Outcome
 from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason
 from cospadi.pipeline.queue import MOST_ATTEMPTS, Queue
+from cospadi.pipeline.queue_bound import disk_share, has_room
 from cospadi.pipeline.workdir import ResultStore, WorkDir
 from cospadi.pipeline.worker import POLL_S, check_run, store_task
 
@@ -61,7 +62,7 @@ class RayExecutor:
         self._log = log
         self._n_workers = n_workers
         self._n_gpus = int(device != CPU)
-        self._most_bytes = queued_bytes(work.path)
+        self._most_bytes = disk_share(work.path)
         self._n_bytes: dict[str, int] = {}
         self._pending: dict[Any, tuple[tuple[str, ...], Done]] = {}
         self._waiting: list[tuple[float, str, tuple[str, ...], int, Done]] = []
@@ -72,7 +73,7 @@ class RayExecutor:
 
     def submit(self, task: FitTask, done: Done) -> None:
         """Offer a task; waits while too many bytes are queued."""
-        while self._n_bytes and sum(self._n_bytes.values()) > self._most_bytes:
+        while self._n_bytes and not self._has_room():
             self._wait()
         self._n_bytes[task.name] = self.queue.publish(task, self._work.fingerprint)
         n_threads = 1 if task.on_one_thread else torch.get_num_threads()
@@ -97,6 +98,14 @@ class RayExecutor:
         self.queue.remove()
         if self._is_ours:
             self._ray.shutdown()
+
+    def _has_room(self) -> bool:
+        slots = self._ray.cluster_resources().get("GPU" if self._n_gpus else "CPU", 1)
+        most = max(1, int(slots)) if self._n_workers is None else self._n_workers
+        queued = len(self._pending) + len(self._waiting)
+        return has_room(
+            sum(self._n_bytes.values()), self._most_bytes, lambda: queued - most, lambda: most
+        )
 
     def _wait(self) -> None:
         self._collect(POLL_S)
