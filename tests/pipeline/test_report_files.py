@@ -229,7 +229,12 @@ def test_the_command_of_the_page_and_of_the_card_names_the_threads(copied, small
         ),
         ("---\nbase_model:\n- org/a\n- org/b\n---\n", {}, {}),
         ("no front matter\nlicense: mit\n", {"_name_or_path": "org/a"}, {"base_model": "org/a"}),
-        ("---\nlicense: [mit]\nbase_model: ../../etc\n---\n", {"_name_or_path": "/home/me/x"}, {}),
+        ("---\nlicense: [mit, gpl]\nbase_model: ../../etc\n---\n", {"_name_or_path": "/me/x"}, {}),
+        ("---\nlicense: mit  # as it is\n---\n", {}, {"license": "mit"}),
+        ("---\nlicense: &a mit\nb: *a\n---\n", {}, {}),
+        ("---\n- license: mit\n---\n", {}, {}),
+        ("---\nlicense: {mit: 1\n---\n", {}, {}),
+        ("---\nlicense: no\n---\n", {}, {}),
         (None, {"license": 3}, {}),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,6 +24,7 @@ from cospadi.pipeline.recipe import (
     SettingError,
     not_learned,
 )
+from cospadi.pipeline.strict_yaml import YamlError, parse_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -180,35 +181,6 @@ def _check_one_budget(given: Mapping[str, Any]) -> None:
 
 
 MAX_RECIPE_BYTES = 1_000_000
-MAX_OPEN_BRACKETS = 200
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML silently takes the last, and aliases.
-
-    A few lines of aliases can stand for more entries than there is memory; no recipe needs one.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"alias *{event.anchor!s:.40}: not used in recipes", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if not isinstance(name, Hashable):
-                continue  # refused below
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} is given twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def parse_size(text: str | int, setting: str = "target_size") -> int:
@@ -236,33 +208,17 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file}: cannot be read: {error}") from None
-    if _depth(text) > MAX_OPEN_BRACKETS:  # before parsing, which takes the square of it
-        raise InputError(f"recipe {file}: nested too deeply")
     try:
-        data = yaml.load(text, Loader=_UniqueKeys)
-        lines = _lines(yaml.compose(text, Loader=_UniqueKeys))
-    except RecursionError:
-        raise InputError(f"recipe {file}: nested too deeply") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where is not None else ""
-        problem = getattr(error, "problem", None)
-        detail = f": {problem}" if problem else ""
-        raise InputError(f"recipe {file}{line}: not valid YAML{detail}") from None
+        data, node = parse_yaml(text)
+    except YamlError as error:
+        line = "" if error.line is None else f" line {error.line}"
+        raise InputError(f"recipe {file}{line}: {error}") from None
+    lines = _lines(node)
     if data is None:
         return RecipeFile({}, {})
     if not isinstance(data, dict):
         raise InputError(f"recipe {file}: expected key: value lines at top level")
     return RecipeFile(data, lines)
-
-
-def _depth(text: str) -> int:
-    """Most brackets that are open at a time, wherever they stand."""
-    depth = most = 0
-    for mark in re.findall(r"[\[\]{}]", text):
-        depth = max(0, depth + (1 if mark in "[{" else -1))
-        most = max(most, depth)
-    return most
 
 
 def _lines(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from cospadi.errors import InputError
 from cospadi.model.files import read_json
+from cospadi.pipeline.strict_yaml import YamlError, parse_yaml
 
 _MAX_CARD_BYTES = 1_000_000
 
@@ -18,8 +20,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.
 def stated_origin(folder: Path) -> dict[str, str]:
     """``license`` and ``base_model``, where the front matter of README.md or config.json states them plainly.
 
-    The front matter is read line by line and not as YAML: it may come from strangers, and all that is wanted is a
-    word per key. Whatever does not look like a licence or a repository's name is left out.
+    A list counts where it has one entry. Whatever does not look like a licence or a repository's name is left out.
     """
     if not folder.is_dir():  # a GGUF file
         return {}
@@ -29,10 +30,10 @@ def stated_origin(folder: Path) -> dict[str, str]:
     except InputError:
         config = {}
     candidates = {
-        "license": (_LICENSE, [_value(front, "license"), config.get("license")]),
+        "license": (_LICENSE, [_only(front.get("license")), config.get("license")]),
         "base_model": (
             _REPOSITORY,
-            [_value(front, "base_model"), config.get("base_model"), config.get("_name_or_path")],
+            [_only(front.get("base_model")), config.get("base_model"), config.get("_name_or_path")],
         ),
     }
     found = {}
@@ -43,24 +44,16 @@ def stated_origin(folder: Path) -> dict[str, str]:
     return found
 
 
-def _front_matter(path: Path) -> str:
+def _front_matter(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             text = stream.read(_MAX_CARD_BYTES).decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-    match = _FRONT.match(text)
-    return match[1] if match else ""
+        match = _FRONT.match(text)
+        data, _ = parse_yaml(match[1] if match else "")
+    except (OSError, YamlError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
-def _value(front: str, key: str) -> str | None:
-    """The text behind a key, or the only entry of the list below it."""
-    match = re.search(rf"^{key}:[ \t]*(.*?)[ \t]*\r?$", front, re.MULTILINE)
-    if match is None:
-        return None
-    value = match[1]
-    if not value:
-        entries = re.match(r"(?:\r?\n[ \t]*-[ \t]+[^\n]*)+", front[match.end() :])
-        listed = re.findall(r"-[ \t]+(\S+)[ \t]*\r?$", entries[0], re.MULTILINE) if entries else []
-        value = listed[0] if len(listed) == 1 else ""
-    return value.strip("\"'") or None
+def _only(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
