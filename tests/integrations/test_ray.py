@@ -97,3 +97,22 @@ def test_every_fit_of_a_run_on_gpus_has_one_to_itself(
                 compress(tiny_model_dir("llama"), tmp_path / f"out{n_gpus}", **settings)
         finally:
             ray.shutdown()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nobody.invalid:6379"])
+def test_an_address_where_nobody_listens_is_refused_at_once(
+    address, tiny_model_dir, tiny_text, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="nothing answers at RAY_ADDRESS"):
+        compress(
+            tiny_model_dir("llama"),
+            tmp_path / "out",
+            calibration=str(tiny_text),
+            executor="ray",
+            ratio=0.3,
+            samples=4,
+            sequence_length=64,
+        )
+    assert time.monotonic() - start < 60.0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -257,3 +260,61 @@ def test_a_newer_version_is_not_damage(copied):
     with pytest.raises(NewerFormatError, match="format_version 99: made by a newer version"):
         verify_checkpoint(copied)
     assert NewerFormatError.exit_code == 2
+
+
+def edit_weights(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_other_tensors_are_finite(name, value, copied):
+    edit_weights(copied, lambda t: t[name].view(-1)[3].fill_(value))
+    with pytest.raises(VerificationError, match=f"{name}: holds a value that is not finite"):
+        verify_checkpoint(copied)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_other_tensors_are_those_of_the_source(name, made, copied):
+    source = made[0]
+    edit_weights(copied, lambda t: t[name].mul_(-3))
+    assert verify_checkpoint(copied) > 0
+    with pytest.raises(VerificationError, match=f"{name}: not compressed, and yet another"):
+        verify_errors(copied, source)
+
+
+def test_a_perplexity_is_measured_again(made, copied, tiny_text, tmp_path):
+    stated = tmp_path / "stated.json"
+    command = [sys.executable, "-m", "cospadi"]
+    measured = ["eval", copied, "--text", tiny_text, "--context", "32", "--windows", "4"]
+    subprocess.run([*command, *measured, "--json", stated], check=True, capture_output=True)
+
+    def run(*given):
+        return subprocess.run(
+            [*command, "verify", copied, "--perplexity", stated, *given],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run()
+    assert done.returncode == 0 and "the stated perplexity holds" in done.stdout
+    moved = tmp_path / "moved.txt"
+    moved.write_text(tiny_text.read_text())
+    assert run("--text", moved).returncode == 0
+    moved.write_text(tiny_text.read_text()[100:])
+    done = run("--text", moved)
+    assert done.returncode == 4 and "another text" in done.stderr
+    data = json.loads(stated.read_text())
+    for change, code, words in (
+        ({"perplexity": data["perplexity"] * 1.01}, 4, "perplexity is stated as"),
+        ({"perplexity": None}, 2, "perplexity: expected what eval"),
+        ({"dtype": "int3"}, 2, "not of eval"),
+    ):
+        stated.write_text(json.dumps(data | change))
+        done = run()
+        assert done.returncode == code and words in done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -89,3 +92,33 @@ def test_foreign_directory_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="not a work directory"):
         WorkDir(tmp_path / "w", {})
     assert (tmp_path / "w" / "thesis.txt").read_text() == "precious"
+
+
+def test_several_different_settings_are_all_named(tmp_path):
+    with WorkDir(tmp_path / "w", {"weights": "a", "ratio": 0.2, "samples": 4, "seed": 42}) as work:
+        work.store(NAME, factor(), {})
+    with pytest.raises(InputError, match=r"ratio: 0\.2 there, 0\.3 now, samples: 4 there, 5 now\)"):
+        WorkDir(tmp_path / "w", {"weights": "b", "ratio": 0.3, "samples": 5, "seed": 42})
+
+
+def test_a_result_under_another_name_is_fitted_again(tmp_path):
+    other = "model.layers.1.mlp.up_proj"
+    with WorkDir(tmp_path / "w", {}) as work:
+        work.store(NAME, factor(), {"relative_error": 0.25})
+        work.store_record("curves", NAME, {"x": 1})
+        for end in ("json", "safetensors"):
+            folder = tmp_path / "w/modules"
+            shutil.copy(folder / f"{NAME}.{end}", folder / f"{other}.{end}")
+        shutil.copy(tmp_path / f"w/curves/{NAME}.json", tmp_path / f"w/curves/{other}.json")
+        assert work.has(NAME) and not work.has(other)
+        assert work.load_record("curves", NAME) == {"x": 1}
+        assert work.load_record("curves", other) is None
+
+
+@pytest.mark.parametrize("change", [{"report": {"relative_error": 0.2}}, {"spec": {}}, {"x": 1}])
+def test_a_changed_record_is_fitted_again(change, tmp_path):
+    with WorkDir(tmp_path / "w", {}) as work:
+        work.store(NAME, factor(), {"relative_error": 0.25})
+        path = tmp_path / "w/modules" / f"{NAME}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert not work.has(NAME)

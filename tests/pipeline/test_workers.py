@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cospadi.checkpoint.manifest import MANIFEST_FILE
-from cospadi.errors import InputError
+from cospadi.errors import CospadiError, InputError
 from cospadi.pipeline.compress import compress
+from cospadi.pipeline.workdir import write_atomic
 from cospadi.pipeline.worker import work
 
 FAST = {"ratio": 0.3, "samples": 8, "sequence_length": 64, "num_threads": 1}
@@ -216,3 +217,41 @@ def test_a_worker_without_a_run_says_where_to_look(tmp_path):
 def test_impossible_numbers_are_refused(settings, message, tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match=message):
         compress(tiny_model_dir("llama"), tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    "damage", ["record cut", "record gone", "tensors cut", "tensors flipped", "tensors of a device"]
+)
+def test_a_damaged_task_ends_the_run_and_the_next_one_fits_it(
+    damage, reference, tiny_model_dir, tiny_text, tmp_path, monkeypatch
+):
+    """What the task held is gone: the rest is fitted, the run says so, and nothing waits for ever."""
+    monkeypatch.setattr("cospadi.pipeline.executor._LOOK_S", 0.2)
+    victim = "model.layers.1.mlp.up_proj"
+
+    def harmed(path, data):
+        if path.parent.name != "tasks" or not path.name.startswith(victim):
+            write_atomic(path, data)
+        elif path.suffix == ".json":
+            if damage != "record gone":
+                write_atomic(path, data[:100] if damage == "record cut" else data)
+        elif damage == "tensors cut":
+            write_atomic(path, data[:-1])
+        elif damage == "tensors flipped":
+            write_atomic(path, data[:-1] + bytes([data[-1] ^ 1]))
+        elif damage == "tensors of a device":
+            path.symlink_to("/dev/zero")
+        else:
+            write_atomic(path, data)
+
+    given = {"calibration": str(tiny_text), "workers": 1, **FAST}
+    events = []
+    with monkeypatch.context() as patch:
+        patch.setattr("cospadi.pipeline.queue.write_atomic", harmed)
+        with pytest.raises(CospadiError, match=f"{victim}: not fitted, what the task needs was"):
+            compress(tiny_model_dir("llama"), tmp_path / "out", listener=events.append, **given)
+    assert [e for e in events if e["event"] == "warning" and victim in e["text"]]
+    assert not (tmp_path / "out").exists()
+    result = compress(tiny_model_dir("llama"), tmp_path / "out", **given)
+    assert result.n_resumed == 13 and not result.failed
+    assert (tmp_path / "out" / MANIFEST_FILE).read_bytes() == reference("llama")

@@ -19,9 +19,19 @@ def verify_command(
     calibration: str | None = typer.Option(
         None, help="Where the calibration text is now, if it moved; with --source."
     ),
+    perplexity: str | None = typer.Option(
+        None,
+        help="JSON of eval --text --json for this directory: its perplexity is measured again.",
+    ),
+    text: str | None = typer.Option(
+        None, help="Where the text of --perplexity is now, if it moved."
+    ),
     threads: int | None = typer.Option(None, help="Threads; all cores by default."),
 ) -> None:
-    """Check hashes, shapes, masks and values of a compressed directory, and with --source its stated errors.
+    """Check hashes, shapes, masks and values of a compressed directory.
+
+    With --source also its stated errors, and that what was not compressed is the original's; with --perplexity a
+    measurement of eval.
 
     Exit codes: 0 everything holds (without a manifest, as save_pretrained leaves it, hashes are not checked: a note
     says so); 2 no compressed directory, one made by a newer version, or a source or calibration that cannot be opened;
@@ -31,6 +41,8 @@ def verify_command(
     set_threads(threads)
     if calibration is not None and source is None:
         raise InputError("verify: --calibration belongs to --source, which is missing")
+    if text is not None and perplexity is None:
+        raise InputError("verify: --text belongs to --perplexity, which is missing")
     from cospadi.checkpoint.manifest import MANIFEST_FILE, has_manifest
     from cospadi.pipeline.verify import verify_checkpoint, verify_errors
 
@@ -49,3 +61,8 @@ def verify_command(
         typer.echo(
             f"{n_modules} of {n_modules} stated errors hold; largest relative difference {worst:.1e}"
         )
+    if perplexity is not None:
+        from cospadi.pipeline.verify_perplexity import verify_perplexity
+
+        stated, found = verify_perplexity(directory, perplexity, text=text)
+        typer.echo(f"the stated perplexity holds: {stated:.4f}, measured again {found:.4f}")

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +31,8 @@ from cospadi.pipeline.side_by_side import SideBySide
 from cospadi.pipeline.workdir import WorkDir, process_name, report_data
 from cospadi.pipeline.worker import POLL_S
 
+_LOOK_S = 5.0
+"""Between two looks at the files of the queued tasks."""
 _MOST_IDLE_DEATHS = 3
 """Local workers that may end one after another without having begun anything."""
 
@@ -202,6 +204,8 @@ class QueueExecutor:
         self._beat_s = beat_s
         self._most_bytes = most_bytes
         self._pending: dict[str, _Pending] = {}
+        self._damaged: dict[str, str] = {}
+        self._looked = time.monotonic()
         self._idle_deaths = 0
         self.queue = Queue(work.path, lease_s=lease_s)
         try:
@@ -243,6 +247,7 @@ class QueueExecutor:
         """Wait for all tasks."""
         while self._pending:
             self._wait()
+        check_undamaged(self._damaged)
 
     def close(self) -> None:
         """End the workers and remove the queue."""
@@ -275,9 +280,19 @@ class QueueExecutor:
     def _collect(self) -> bool:
         """Hand on what is finished; tell whether anything was."""
         found = False
+        now = time.monotonic()
+        looks = now - self._looked > _LOOK_S
         for name, pending in list(self._pending.items()):
             failure = None
             if not all(self._work.has(member) for member in pending.names):
+                damage = self.queue.damage(name, pending.n_bytes) if looks else None
+                if damage is not None:
+                    self._damaged[name] = damage
+                    self._log.emit("warning", text=f"{name}: not fitted in this run: {damage}")
+                    self.queue.withdraw(name)
+                    del self._pending[name]
+                    found = True
+                    continue
                 failure = self.queue.failure(name)
                 if failure is None:
                     continue
@@ -285,6 +300,8 @@ class QueueExecutor:
             del self._pending[name]
             found = True
             pending.done(Outcome(pending.names, failure))
+        if looks:
+            self._looked = now
         return found
 
     def _watch(self) -> None:
@@ -326,6 +343,18 @@ class QueueExecutor:
         except OSError:
             lines = []
         return lines[-1] if lines else "they said nothing"
+
+
+def check_undamaged(damaged: Mapping[str, str]) -> None:
+    """Raise CospadiError if files of tasks were damaged while they waited: their matrices are still to be fitted."""
+    if not damaged:
+        return
+    name, reason = next(iter(damaged.items()))
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    raise CospadiError(
+        f"{name}{more}: not fitted, what the task needs was damaged while it waited ({reason}); everything "
+        "finished is kept, and the same command fits the rest"
+    )
 
 
 def worker_threads(n_workers: int) -> int:

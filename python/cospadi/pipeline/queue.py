@@ -5,7 +5,7 @@ Layout of ``<output>.work/queue``::
     tasks/<name>.safetensors, .json   a task, its JSON last; gone when it is finished
     claims/<name>@<n>                 the n-th attempt at a task belongs to one worker; made by a hard link, so once
     claims/<name>@<n>.over            that attempt ended without a result, and why
-    failed/<name>.json                the task cannot succeed: its modules stay dense
+    failed/<name>.json                the task cannot succeed: its modules stay dense, or its files are damaged
     beats/<worker>                    a number that a living worker counts up
     beats/<worker>.dead               its parent saw it end
     device.json                       what the fits are computed on: every worker needs the like
@@ -24,6 +24,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,7 @@ from types import TracebackType
 from typing import Any
 
 from cospadi.checkpoint.strict_json import read_json_object
-from cospadi.errors import CheckpointError, brief
+from cospadi.errors import CheckpointError, InputError, brief
 from cospadi.pipeline.device import DeviceKind
 from cospadi.pipeline.fit_task import FitTask
 from cospadi.pipeline.task_files import TaskHead, is_safe_name, read_head, read_task, task_data
@@ -113,11 +114,37 @@ class Queue:
         for kind in ("json", "safetensors"):
             self._task(name, kind).unlink(missing_ok=True)
 
+    def damage(self, name: str, n_bytes: int) -> str | None:
+        """What is wrong with the files of a task that is not finished; None where nothing is seen.
+
+        Parameters
+        ----------
+        name : str
+            The task.
+        n_bytes : int
+            What `publish` returned.
+        """
+        note = _read_note(self.path / "failed" / f"{name}.json")
+        if note is not None and note.get("is_damaged") is True:
+            return str(note.get("reason", "damaged"))
+        record, tensors = self._task(name, "json"), self._task(name, "safetensors")
+        try:
+            state = tensors.lstat()
+            if not stat.S_ISREG(state.st_mode) or state.st_size != n_bytes:
+                return f"{tensors}: no longer what was written"
+            read_head(record)
+        except OSError as error:
+            return f"{tensors}: {error.strerror or error}"
+        except CheckpointError as error:
+            return str(error)
+        return None
+
     def failure(self, name: str) -> str | None:
         """Why a task cannot succeed; None while it may."""
         note = _read_note(self.path / "failed" / f"{name}.json")
         if note is not None:
-            return str(note.get("reason", "failed"))
+            damaged = note.get("is_damaged") is True
+            return None if damaged else str(note.get("reason", "failed"))
         latest = self.attempts().get(name)
         if latest is None or latest.number < MOST_ATTEMPTS or not self._is_lost(name, latest):
             return None
@@ -194,19 +221,24 @@ class Queue:
                 return head, number
         return None
 
+    def has_task(self, name: str) -> bool:
+        """Whether a task's files are still there: it is not finished."""
+        return self._task(name, "json").exists() and self._task(name, "safetensors").exists()
+
     def read(self, name: str) -> FitTask:
         """The task itself; CheckpointError where its files are damaged or gone."""
         return read_task(self._task(name, "json"), self._task(name, "safetensors"))
 
-    def fail(self, name: str, reason: str) -> None:
-        """Say that a task cannot succeed."""
-        with suppress(OSError):
-            write_atomic(self.path / "failed" / f"{name}.json", _note(reason=reason))
+    def fail(self, name: str, reason: str, *, is_damaged: bool = False) -> None:
+        """Say that a task cannot succeed, because of its numbers or because its files are damaged."""
+        with suppress(OSError, InputError):
+            note = _note(reason=reason, is_damaged=is_damaged)
+            write_atomic(self.path / "failed" / f"{name}.json", note)
 
     def give_up(self, name: str, number: int, reason: str | None) -> None:
         """End an attempt without a result; without a reason (the worker was told to stop) it does not count."""
         note = _note(counts=reason is not None, reason=reason or "its worker was stopped")
-        with suppress(OSError):
+        with suppress(OSError, InputError):
             write_atomic(self._claim(name, number, ".over"), note)
 
     # --- both --------------------------------------------------------------------------------------------------------

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cospadi.errors import InputError, install_command
+from cospadi.errors import CheckpointError, InputError, install_command
 from cospadi.pipeline.device import kind_of, same_device
 from cospadi.pipeline.events import EventLog
-from cospadi.pipeline.executor import Done, Outcome
+from cospadi.pipeline.executor import Done, Outcome, check_undamaged
 from cospadi.pipeline.fit_task import CPU, FIT_ERRORS, FitTask, failure_reason
 from cospadi.pipeline.queue import MOST_ATTEMPTS, Queue
 from cospadi.pipeline.queue_bound import disk_share, has_room
 from cospadi.pipeline.workdir import ResultStore, WorkDir
 from cospadi.pipeline.worker import POLL_S, check_run, store_task
+
+_CONNECT_S = 10.0
 
 
 class RayExecutor:
@@ -50,7 +53,11 @@ class RayExecutor:
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            _check_reachable(os.environ.get("RAY_ADDRESS", ""))
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise InputError(f"executor ray: Ray's cluster cannot be joined: {error}") from None
         resources = dict(ray.cluster_resources())
         if device != CPU and resources.get("GPU", 0) < 1:
             if self._is_ours:
@@ -64,6 +71,7 @@ class RayExecutor:
         self._n_gpus = int(device != CPU)
         self._most_bytes = disk_share(work.path)
         self._n_bytes: dict[str, int] = {}
+        self._damaged: dict[str, str] = {}
         self._pending: dict[Any, tuple[tuple[str, ...], Done]] = {}
         self._waiting: list[tuple[float, str, tuple[str, ...], int, Done]] = []
         self.queue = Queue(work.path)
@@ -90,6 +98,7 @@ class RayExecutor:
         """Wait for all tasks."""
         while self._pending or self._waiting:
             self._wait()
+        check_undamaged(self._damaged)
 
     def close(self) -> None:
         """Cancel what runs, and leave the cluster."""
@@ -144,10 +153,29 @@ class RayExecutor:
                 failure = (
                     f"its result is not in {self._work.path}: do all nodes see this directory?"
                 )
+            n_bytes = self._n_bytes.pop(names[0], 0)
+            damage = None if failure is None else self.queue.damage(names[0], n_bytes)
             self.queue.withdraw(names[0])
-            self._n_bytes.pop(names[0], None)
-            done(Outcome(names, failure))
+            if damage is None:
+                done(Outcome(names, failure))
+            else:
+                self._damaged[names[0]] = damage
+                self._log.emit("warning", text=f"{names[0]}: not fitted in this run: {damage}")
         self._start()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local", or none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"executor ray: nothing answers at RAY_ADDRESS {address!r:.80} ({error}); start the cluster, or unset "
+            "it to use this machine alone"
+        ) from None
 
 
 def fit_task_file(directory: str, name: str) -> str | None:
@@ -170,6 +198,9 @@ def fit_task_file(directory: str, name: str) -> str | None:
         store_task(store, task, same_device(queue.device(), directory))
     except torch.OutOfMemoryError:
         raise  # for another attempt
+    except CheckpointError as error:
+        Queue(path).fail(name, str(error), is_damaged=True)
+        return str(error)
     except FIT_ERRORS as error:
         return failure_reason(error, name)
     return None

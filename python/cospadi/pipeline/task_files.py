@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +123,8 @@ def read_task(record_file: Path, tensor_file: Path) -> FitTask:
     _head(record, record_file)
     digest = hashlib.sha256()
     try:
+        if not stat.S_ISREG(tensor_file.lstat().st_mode):  # a device would never end
+            raise CheckpointError(f"{tensor_file}: not a regular file")
         with tensor_file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

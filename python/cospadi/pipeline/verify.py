@@ -33,7 +33,9 @@ _EVERY_LINEAR = (".*",)
 
 
 def verify_checkpoint(directory: str | Path) -> int:
-    """Check hashes against the manifest, then every factor's shapes, mask population and finiteness.
+    """Check hashes against the manifest, then every factor's shapes, mask population and values.
+
+    No other tensor may hold a NaN or an infinity either.
 
     A directory without a manifest (`cospadi.checkpoint.manifest.has_manifest`) is checked but for the hashes.
 
@@ -56,6 +58,10 @@ def verify_checkpoint(directory: str | Path) -> int:
         problems = verify_manifest(directory).problems if has_manifest(directory) else ()
         for name in () if problems else checkpoint.data.modules:
             checkpoint.factor(name)
+        for name in () if problems else _other_tensors(checkpoint):
+            tensor = checkpoint.tensor(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise VerificationError(f"{name}: holds a value that is not finite")
     except NotCompressedError as error:
         if has_manifest(directory):  # it was one
             raise VerificationError(str(error)) from None
@@ -76,6 +82,8 @@ def verify_errors(
     directory: str | Path, source: str | Path, *, calibration: str | None = None
 ) -> float:
     """Recompute the stated errors of every compressed module from the written files and the original model.
+
+    Tensors of the same name that were not compressed must be those of the original, rounded to the stored type.
 
     The errors of the weights need nothing else. For those of the activations the recipe's calibration runs again; its
     token ids must hash to what the report states. A recipe without calibration states errors of weights only.
@@ -101,8 +109,8 @@ def verify_errors(
     InputError
         There is no report, the source cannot be opened, or the calibration text is not there.
     VerificationError
-        The report is damaged, the source is another model, the ids differ, or an error differs by more than
-        `ERROR_TOLERANCE` relative.
+        The report is damaged, the source is another model, the ids differ, an error differs by more than
+        `ERROR_TOLERANCE` relative, or an embedding, a norm or another uncompressed tensor is not the source's.
     """
     checkpoint = read_checkpoint(directory)
     report = _read_report(checkpoint)
@@ -123,6 +131,7 @@ def verify_errors(
         kinds = ["weight_error"] if recipe.uses_calibration else ["weight_error", "relative_error"]
         for kind in kinds:
             worst = max(worst, _difference(target.name, kind, stated[target.name], found))
+    _check_other_tensors(checkpoint, opened)
     if not recipe.uses_calibration:
         return worst
 
@@ -145,6 +154,25 @@ def verify_errors(
                 )
                 worst = max(worst, _difference(name, "relative_error", stated[name], found))
     return worst
+
+
+def _other_tensors(checkpoint: CompressedCheckpoint) -> list[str]:
+    """Names of the tensors that belong to no compressed module."""
+    compressed = checkpoint.data.expected_tensors()
+    return [name for name in checkpoint.tensors if name not in compressed]
+
+
+def _check_other_tensors(checkpoint: CompressedCheckpoint, opened: SourceModel) -> None:
+    originals = opened.model.state_dict()
+    for name in _other_tensors(checkpoint):
+        original = originals.get(name)
+        stored = checkpoint.tensor(name)
+        if original is None or not stored.is_floating_point():
+            continue  # under another name in the files, as fused experts are
+        if stored.shape != original.shape or not torch.equal(stored, original.to(stored.dtype)):
+            raise VerificationError(
+                f"{name}: not compressed, and yet another tensor than that of {opened.name}"
+            )
 
 
 def _read_report(checkpoint: CompressedCheckpoint) -> dict[str, Any]:

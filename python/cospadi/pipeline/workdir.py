@@ -29,7 +29,7 @@ from safetensors.torch import save as save_tensors
 
 from cospadi import __version__, native
 from cospadi.checkpoint.strict_json import read_json_object
-from cospadi.errors import CheckpointError, CospadiError, InputError
+from cospadi.errors import CheckpointError, CospadiError, InputError, brief
 from cospadi.factor.sparse_factor import SparseFactor
 from cospadi.factor.spec import FactorSpec
 from cospadi.learn.fit import FitReport
@@ -40,6 +40,7 @@ MODULES = "modules"
 """Stage of the fits, which every run has."""
 HASHES = ("weights", "calibration_ids")
 """Settings that are hashes; a difference in others explains more."""
+_MOST_SHOWN = 5
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -95,6 +96,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def _sealed(record: Mapping[str, Any], kind: str, name: str) -> bytes:
+    """A record as bytes, with a hash over all of it and over what it belongs to."""
+    return json.dumps({**record, "seal": fingerprint({**record, "for": [kind, name]})}).encode()
+
+
+def _unsealed(path: Path, kind: str, name: str) -> dict[str, Any]:
+    """What `_sealed` wrote under this kind and name; CheckpointError where any of it is another."""
+    record = read_json_object(path)
+    if record.pop("seal", None) != fingerprint({**record, "for": [kind, name]}):
+        raise CheckpointError(f"{path}: was changed, or written for another matrix")
+    return record
+
+
 class ResultStore:
     """Results of the matrices of one run; any number of processes may read and write them.
 
@@ -131,7 +145,7 @@ class ResultStore:
             "spec": dataclasses.asdict(spec),
             "report": dict(report),
         }
-        write_atomic(folder / f"{name}.json", json.dumps(record).encode())
+        write_atomic(folder / f"{name}.json", _sealed(record, stage, name))
 
     def load(
         self, name: str, *, stage: str = MODULES
@@ -153,7 +167,7 @@ class ResultStore:
     ) -> tuple[FactorSpec, SparseFactor, dict[str, Any]] | None:
         try:
             folder = self.path / stage
-            record = read_json_object(folder / f"{name}.json")
+            record = _unsealed(folder / f"{name}.json", stage, name)
             data = (folder / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != record["sha256"]:
                 return None
@@ -174,12 +188,12 @@ class ResultStore:
         folder = self.path / kind
         folder.mkdir(exist_ok=True)
         record = {"fingerprint": self.fingerprint, "data": dict(data)}
-        write_atomic(folder / f"{name}.json", json.dumps(record).encode())
+        write_atomic(folder / f"{name}.json", _sealed(record, kind, name))
 
     def load_record(self, kind: str, name: str) -> dict[str, Any] | None:
         """What `store_record` kept; None if it is missing, damaged or of a run with other settings."""
         try:
-            record = read_json_object(self.path / kind / f"{name}.json")
+            record = _unsealed(self.path / kind / f"{name}.json", kind, name)
             return dict(record["data"]) if record["fingerprint"] == self.fingerprint else None
         except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             return None
@@ -214,7 +228,7 @@ class WorkDir(ResultStore):
         The directory; created if missing.
     settings : mapping
         Everything that decides the result (weights, calibration ids, recipe). A directory with results made under
-        other settings is refused, the first difference named; one without results is taken over.
+        other settings is refused, the differences named; one without results is taken over.
 
     Raises
     ------
@@ -263,13 +277,17 @@ class WorkDir(ResultStore):
             return
         # settings of the user first: they are what explains a changed hash
         keys = [key for key in wanted if key not in HASHES] + [*HASHES, *sorted(found)]
-        for key in keys:
-            if found.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{self.path}: holds an unfinished run with other settings ({key}: "
-                    f"{found.get(key)!r} there, {wanted.get(key)!r} now); delete it to start anew, "
-                    "or choose another --out"
-                )
+        differing = [k for k in dict.fromkeys(keys) if found.get(k) != wanted.get(k)]
+        told = [k for k in differing if k not in HASHES] or differing
+        shown = ", ".join(
+            f"{k}: {brief(found.get(k))} there, {brief(wanted.get(k))} now"
+            for k in told[:_MOST_SHOWN]
+        )
+        more = f", and {len(told) - _MOST_SHOWN} more" if len(told) > _MOST_SHOWN else ""
+        raise InputError(
+            f"{self.path}: holds an unfinished run with other settings ({shown}{more}); delete it to start anew, "
+            "or choose another --out"
+        )
 
     def remove(self) -> None:
         """Delete the directory after the checkpoint was written, or when nothing in it is worth keeping."""

@@ -121,7 +121,9 @@ def _attempt(
     try:
         store_task(store, queue.read(head.name), device)
     except CheckpointError as error:
-        # gone, because another worker was faster, or damaged
+        # gone, because another worker was faster, or damaged: the next attempt would find the same
+        if queue.has_task(head.name):
+            queue.fail(head.name, str(error), is_damaged=True)
         queue.give_up(head.name, number, str(error))
         summary.n_given_up += 1
         say(f"{head.name}: {error}")
