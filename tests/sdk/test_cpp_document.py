@@ -38,6 +38,22 @@ def build_and_run(sdk, text, language, folder, *arguments) -> subprocess.Complet
     return done
 
 
+def run_commands(folder, *commands) -> str:
+    """Give commands to a shell in the folder, with this environment's python; what the last one says."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in commands:
+        done = subprocess.run(
+            ["sh", "-c", command],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("index", range(len(PROGRAMS)))
 def test_program(sdk, stored, tmp_path, index):
     language, text = PROGRAMS[index]
@@ -86,19 +102,10 @@ def test_project(sdk, stored, tmp_path):
     configure = from_wheel
     if sdk.prefix is not None:
         configure = from_prefix.replace("=PREFIX", f"={sdk.prefix}")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for command in (configure, "cmake --build build", f"build/server {stored['llama']}"):
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("model.layers.0.")
+    said = run_commands(
+        tmp_path, configure, "cmake --build build", f"build/server {stored['llama']}"
+    )
+    assert said.startswith("model.layers.0.")
 
 
 def test_without_cmake(sdk, stored, tmp_path):
@@ -106,18 +113,8 @@ def test_without_cmake(sdk, stored, tmp_path):
     if sdk.prefix is not None or shutil.which("c++") is None:
         pytest.skip("the wheel is not installed, or c++ is not")
     (tmp_path / "server.cpp").write_text(PROGRAMS[0][1])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for command in (COMMANDS[-1], f"./server {stored['llama']}"):
-        done = subprocess.run(
-            ["sh", "-c", command],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("model.layers.0.")
+    said = run_commands(tmp_path, COMMANDS[-1], f"./server {stored['llama']}")
+    assert said.startswith("model.layers.0.")
 
 
 def test_every_header_is_listed():

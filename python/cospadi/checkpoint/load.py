@@ -80,6 +80,11 @@ def _load_model(checkpoint: CompressedCheckpoint, dtype: torch.dtype | None) -> 
             use_safetensors=True,
             output_loading_info=True,
         )
+    except CheckpointError as error:
+        # Layers know their names, not where they lie.
+        if str(checkpoint.path) in str(error):
+            raise
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     except CospadiError:
         raise
     # An inconsistent config.json fails in model code with any exception whatever.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cospadi.errors import InputError, VerificationError, brief
 from cospadi.evaluation.perplexity import evaluate_perplexity, tokenize_text
 from cospadi.factor.spec import STORAGE_DTYPES
 from cospadi.pipeline.measurements import plain_object
 from cospadi.pipeline.open_model import open_model
+
+_Kind = TypeVar("_Kind", float, int, str)
 
 TOLERANCE = 1e-3
 """Relative, of the perplexity: other threads and processors round sums differently."""
@@ -50,7 +53,7 @@ def verify_perplexity(
     """
     data = plain_object(Path(stated))
 
-    def field(name: str, kind: type) -> object:
+    def field(name: str, kind: type[_Kind]) -> _Kind:
         value = data.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(
@@ -58,18 +61,18 @@ def verify_perplexity(
             )
         return value
 
-    expected = float(field("perplexity", float))  # type: ignore[arg-type]
+    expected = field("perplexity", float)
     context, windows = field("context", int), field("windows", int)
     dtype, ids_hash = field("dtype", str), field("ids_sha256", str)
     if dtype not in STORAGE_DTYPES or not math.isfinite(expected):
         raise InputError(f"{stated}: dtype {brief(dtype)}, perplexity {expected}: not of eval")
-    model, tokenizer = open_model(directory, dtype=str(dtype))
-    ids = tokenize_text(tokenizer, text or str(field("text", str)))
+    model, tokenizer = open_model(directory, dtype=dtype)
+    ids = tokenize_text(tokenizer, text or field("text", str))
     found = evaluate_perplexity(
         model,
         ids,
-        context=context,  # type: ignore[arg-type]
-        windows=windows,  # type: ignore[arg-type]
+        context=context,
+        windows=windows,
         progress=progress,
     )
     if found.ids_sha256 != ids_hash:
