@@ -230,6 +230,13 @@ def test_verify_without_a_manifest_says_so(copied, cli):
     assert "shapes, masks and values of 14 modules hold" in stdout and "hashes" not in stdout
 
 
+def test_verify_names_files_that_came_later(copied, cli):
+    for i in range(7):
+        (copied / f"later{i}.txt").write_text("x")
+    code, _, stderr = cli("verify", copied)
+    assert code == 0 and "does not list it: later0.txt" in stderr and "and 2 more" in stderr
+
+
 def test_verify_exit_codes(copied, cli, tiny_model_dir, tmp_path):
     code, stdout, _ = cli("verify", "--help")
     assert code == 0 and all(text in stdout for text in ("Exit codes", "0 every", "2 no", "4 some"))

@@ -15,8 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cospadi
 from cospadi.checkpoint.manifest import MANIFEST_FILE
 from cospadi.errors import InputError
+from cospadi.model.discover import discover
+from cospadi.model.source import source_shapes
 from cospadi.pipeline.compress import compress, plan_run
-from cospadi.pipeline.memory import fit_bytes, must_load
+from cospadi.pipeline.memory import estimate, fit_bytes, must_load, possible_layouts
+from cospadi.pipeline.plan import make_plan
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.recipe_file import parse_size
 from cospadi.pipeline.verify import verify_checkpoint, verify_errors
@@ -288,3 +291,17 @@ def test_a_streamed_model_never_lies_in_memory_as_a_whole(tiny_model_dir, tmp_pa
         other = source.model.get_submodule("model.layers.1")
         assert {id(p) for p in held} == {id(p) for p in other.parameters()}
     assert all(p.is_meta for p in source.model.parameters())
+
+
+def test_workers_are_counted_until_the_result_is_written(tiny_model_dir):
+    shapes = source_shapes(tiny_model_dir("llama")).model
+    targets, skipped = discover(shapes)
+    recipe = Recipe(ratio=0.3, samples=8, sequence_length=64)
+    plan = make_plan(targets, skipped, recipe)
+    (layout, *_) = possible_layouts(targets, recipe, spill=False, is_streamable=True)
+    alone, three = (estimate(shapes, targets, plan, recipe, layout, n) for n in (0, 3))
+    more = {stage: three.stages[stage] - alone.stages[stage] for stage in alone.stages}
+    assert more.pop("writing") == 0
+    fit = max(fit_bytes(m.d_in, m.d_out) for m in plan.modules)
+    # the coordinator of workers has no fit of its own
+    assert more["calibration"] >= 3 * fit and all(value > 0 for value in more.values())

@@ -227,6 +227,13 @@ def test_several_damaged_files_are_counted(copied):
         verify_checkpoint(copied)
 
 
+def test_what_load_refuses_is_refused(copied):
+    """No hash covers a file that came later."""
+    (copied / "adapter_config.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"adapter_config\.json would load another"):
+        verify_checkpoint(copied)
+
+
 def test_what_is_no_compressed_directory(tiny_model_dir, tmp_path):
     with pytest.raises(NotCompressedError, match="no such folder"):
         verify_checkpoint(tmp_path / "nothing")

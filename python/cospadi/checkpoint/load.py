@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cospadi.checkpoint.hazards import check_hazards
 from cospadi.checkpoint.reader import CompressedCheckpoint, read_checkpoint
 from cospadi.checkpoint.strict_json import brief_text
 from cospadi.errors import CheckpointError, CospadiError, CudaUnavailableError, InputError, brief
 from cospadi.model.files import vocabulary_file
-
-_DEPTH_KEY = re.compile(r"(num_.*(layers|blocks)|n_?layers?|n_blocks)", re.ASCII)
 
 
 def load(
@@ -50,7 +48,7 @@ def load(
     """
     target = _checked_device(device)
     checkpoint = read_checkpoint(path)
-    _check_hazards(checkpoint)
+    check_hazards(checkpoint)
     # Late: this module must not cost transformers' import time, and registers the method there.
     import cospadi.hf  # noqa: F401
 
@@ -115,24 +113,6 @@ def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
             f"{folder}: transformers cannot load the tokenizer "
             f"({type(error).__name__}: {brief_text(_first_line(error))})"
         ) from error
-
-
-def _check_hazards(checkpoint: CompressedCheckpoint) -> None:
-    """Refuse what makes transformers read other files, or build layers that no file vouches for."""
-    config, folder = checkpoint.config, checkpoint.path
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: adapter_config.json would load another base model")
-    if "transformers_weights" in config:
-        raise CheckpointError(f"{folder}: transformers_weights in config.json names other weights")
-    for key, value in config.items():
-        if _DEPTH_KEY.fullmatch(key) is None or isinstance(value, bool):
-            continue
-        # Every layer owns a tensor; layers are built before their absence is noticed.
-        if isinstance(value, (int, float)) and value > len(checkpoint.tensors):
-            raise CheckpointError(
-                f"{folder}: {brief_text(key)} = {brief(value)} in config.json exceeds "
-                f"the {len(checkpoint.tensors)} tensors of the checkpoint"
-            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -115,12 +115,9 @@ def verify_manifest(path: str | Path) -> ManifestReport:
         exception but a line of the report.
     """
     folder = Path(path)
-    manifest = checked_file(folder, MANIFEST_FILE)
-    content = read_json_object(manifest)
-    files = content.get("files")
-    if content.get("manifest_version") != MANIFEST_VERSION or not isinstance(files, dict):
-        raise CheckpointError(f"{manifest}: expected manifest_version {MANIFEST_VERSION} and files")
+    files = _listed_by_manifest(folder)
     of_run = _listed_by_run(folder)
+    manifest = folder / MANIFEST_FILE
     problems = []
     for name, item in {**of_run, **files}.items():
         listing = manifest if name in files else folder / RUN_FILE
@@ -140,14 +137,24 @@ def verify_manifest(path: str | Path) -> ManifestReport:
                 problems.append(f"{file}: its SHA-256 differs from the manifest's")
         except OSError as error:
             problems.append(f"{file}: cannot be read ({error.strerror or error})")
-    unlisted = sorted(
-        name
-        for file in folder.rglob("*")
-        if file.is_file()
-        and (name := file.relative_to(folder).as_posix()) not in {**of_run, **files}
-        and name not in (MANIFEST_FILE, RUN_FILE)
-    )
-    return ManifestReport(len(files) + len(of_run), tuple(problems), tuple(unlisted))
+    return ManifestReport(len(files) + len(of_run), tuple(problems), unlisted_files(folder))
+
+
+def unlisted_files(path: str | Path) -> tuple[str, ...]:
+    """Files of a folder that neither its manifest nor its run record knows; errors as for `verify_manifest`."""
+    folder = Path(path)
+    known = {*_listed_by_manifest(folder), *_listed_by_run(folder), MANIFEST_FILE, RUN_FILE}
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return tuple(sorted(name for name in found if name not in known))
+
+
+def _listed_by_manifest(folder: Path) -> dict[str, Any]:
+    manifest = checked_file(folder, MANIFEST_FILE)
+    content = read_json_object(manifest)
+    files = content.get("files")
+    if content.get("manifest_version") != MANIFEST_VERSION or not isinstance(files, dict):
+        raise CheckpointError(f"{manifest}: expected manifest_version {MANIFEST_VERSION} and files")
+    return files
 
 
 def _listed_by_run(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from cospadi.native.heap import bound_heap, trim_heap
 from cospadi.pipeline.allocation import Allocation, allocate_ratios
 from cospadi.pipeline.available_memory import available_bytes
 from cospadi.pipeline.device import CUDA, checked_device, visible_gpus
+from cospadi.pipeline.disk import shortage
 from cospadi.pipeline.events import EventLog, Listener
 from cospadi.pipeline.executor import (
     Executor,
@@ -278,6 +279,7 @@ def _run(
                 text=f"memory: {needs.peak_bytes / 1e6:.0f} MB planned at the least and {needs.bound_bytes / 1e6:.0f} "
                 "MB to be had: the system may kill this run (finished fits are kept, the same command goes on)",
             )
+        _warn_of_disk(log, work, needs.work_disk_bytes + needs.output_bytes)
     stages = Stages(start)
     stages.end("opening the model and the text")
     by_similarity = recipe.group_size > 1 and recipe.grouping == "similarity"
@@ -331,6 +333,8 @@ def _run(
             text=f"the source is {dtype}; what is not compressed is stored as {recipe.storage_dtype} "
             "(setting storage_dtype)",
         )
+    if needs is None:
+        _warn_of_disk(log, work, 2 * plan.stored_bits // 8)
     for item in plan.dense:
         log.emit("dense", module=item.name, reason=item.reason)
     job = Job(
@@ -347,6 +351,7 @@ def _run(
         products=products,
     )
     job.run()
+    executor.close()  # what follows has the memory of the workers
     if recipe.sequential:
         stages.end("calibration and fits")
     else:
@@ -376,6 +381,12 @@ def _run(
     )
     write_output(source, job.factors, result, recipe, calibration, versions())
     return result
+
+
+def _warn_of_disk(log: EventLog, work: WorkDir, n_bytes: int) -> None:
+    text = shortage(work.path, n_bytes)
+    if text is not None:
+        log.emit("warning", text=text)
 
 
 def plan_run(

@@ -72,11 +72,9 @@ class Needs:
     base_bytes : int
         Interpreter and libraries, measured in this process.
     stages : dict
-        Bytes above them by stage; the largest decides.
+        Bytes above them by stage, worker processes included; the largest decides.
     fits_bytes : int
         Part of the stage "fits" that fits in progress take: one at least, at most as many as there are threads.
-    worker_bytes : int
-        Of all worker processes together.
     work_disk_bytes, output_bytes : int
         On the disk, while it runs and in the end.
     bound_bytes : int
@@ -87,7 +85,6 @@ class Needs:
     base_bytes: int
     stages: dict[str, int]
     fits_bytes: int
-    worker_bytes: int
     work_disk_bytes: int
     output_bytes: int
     bound_bytes: int = 1 << 62
@@ -95,7 +92,7 @@ class Needs:
     @property
     def peak_bytes(self) -> int:
         """Peak memory of all processes."""
-        return self.base_bytes + max(self.stages.values()) + self.worker_bytes
+        return self.base_bytes + max(self.stages.values())
 
 
 def whole_model_setting(recipe: Recipe) -> str | None:
@@ -169,7 +166,7 @@ def choose_layout(
     needs = [needs_of(layout, 0) for layout in layouts]
     for found in needs:
         if found.peak_bytes <= bound:
-            others = found.base_bytes + found.stages["fits"] - found.fits_bytes + found.worker_bytes
+            others = found.base_bytes + found.stages["fits"] - found.fits_bytes
             chosen = needs_of(found.layout, int(bound * (1.0 - _SPARE_SHARE)) - others)
             return replace(chosen, bound_bytes=bound)
     if limit is None:
@@ -211,7 +208,7 @@ def fit_bytes(d_in: int, d_out: int) -> int:
 
 def all_fits_bytes(plan: Plan, recipe: Recipe, most: int | None) -> int:
     """Bound on the memory of the fits of one process at a time; `most` as for `estimate`."""
-    shapes = [(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()]
+    shapes = _fit_shapes(plan)
     largest = max(fit_bytes(*shape) for shape in shapes)
     if recipe.sequential:
         return largest
@@ -220,6 +217,11 @@ def all_fits_bytes(plan: Plan, recipe: Recipe, most: int | None) -> int:
     )
     together = max(largest, sum(abreast[: torch.get_num_threads()]))
     return together if most is None else max(largest, min(together, most))
+
+
+def _fit_shapes(plan: Plan) -> list[tuple[int, int]]:
+    """d_in and d_out of every fit; a group's members lie side by side."""
+    return [(group[0].d_in, sum(m.d_out for m in group)) for group in plan.groups.values()]
 
 
 def estimate(
@@ -300,17 +302,16 @@ def estimate(
         if recipe.sequential or recipe.reconstruction != "none":
             stages["calibration"] += 2 * hidden + 8 * block_values
     queue = 0
-    worker = 0
     if workers:
-        one = max(fit_bytes(m.d_in, m.d_out) for m in plan.modules)
-        worker = workers * (min(resident_bytes(), 300 << 20) + one)
+        one = max(fit_bytes(*shape) for shape in _fit_shapes(plan))
+        for stage in stages.keys() - {"writing"}:  # they end before it
+            stages[stage] += workers * (min(resident_bytes(), 300 << 20) + one)
         queue = min(sum(8 * m.d_in**2 + 4 * m.d_in * m.d_out for m in plan.modules), 16 << 30)
     return Needs(
         layout,
         resident_bytes() + _LIBRARY_BYTES,
         stages,
         fit,
-        worker,
         stored + on_disk + queue,
         output,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from cospadi.pipeline.disk import free_bytes
 
 MOST_AHEAD_BYTES = 16 << 30
 """Queued tasks up to which nobody asks whether workers wait for more."""
@@ -12,8 +13,7 @@ MOST_AHEAD_BYTES = 16 << 30
 
 def disk_share(folder: Path) -> int:
     """What queued tasks may take of a disk: a quarter of what is free there, in bytes."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize // 4
+    return free_bytes(folder) // 4
 
 
 def has_room(

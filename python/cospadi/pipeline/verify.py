@@ -10,6 +10,7 @@ import torch
 
 from cospadi.calibration.data import CalibrationSet, load_calibration
 from cospadi.calibration.statistics import collect_grams
+from cospadi.checkpoint.hazards import check_hazards
 from cospadi.checkpoint.manifest import has_manifest, verify_manifest
 from cospadi.checkpoint.reader import CompressedCheckpoint, checked_file, read_checkpoint
 from cospadi.checkpoint.strict_json import read_json_object
@@ -35,7 +36,7 @@ _EVERY_LINEAR = (".*",)
 def verify_checkpoint(directory: str | Path) -> int:
     """Check hashes against the manifest, then every factor's shapes, mask population and values.
 
-    No other tensor may hold a NaN or an infinity either.
+    No other tensor may hold a NaN or an infinity either, and no file may lead `cospadi.load` elsewhere.
 
     A directory without a manifest (`cospadi.checkpoint.manifest.has_manifest`) is checked but for the hashes.
 
@@ -55,6 +56,7 @@ def verify_checkpoint(directory: str | Path) -> int:
     """
     try:
         checkpoint = read_checkpoint(directory)
+        check_hazards(checkpoint)
         problems = verify_manifest(directory).problems if has_manifest(directory) else ()
         for name in () if problems else checkpoint.data.modules:
             checkpoint.factor(name)
