@@ -4,7 +4,8 @@
 
 Writes a sharded bfloat16 Llama to FOLDER/model (13.5 GB for 7b with all layers; never more than a block in memory),
 asks ``cospadi plan`` what a streamed run takes, gives compress exactly that with ``--max-memory``, and kills it when
-the first blocks are finished; a second run must find them. FOLDER is removed in the end unless ``--keep``. The default
+the first blocks are finished; a second run must find them. FOLDER is removed in the end unless ``--keep``. The size
+toy checks the program alone, since it is never streamed: all of it fits the least bound. The default
 method is wanda: calibration, streaming, Grams and writing are those of every method, its fits are the cheapest.
 """
 

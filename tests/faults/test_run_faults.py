@@ -154,6 +154,9 @@ def test_activations_that_overflow_leave_their_layers_dense(
     events = []
     result = compress(damaged_dir, tmp_path / "two", **settings, listener=events.append)
     assert {name.split(".")[2] for name in result.failed} == {"1"}
+    (pointer,) = [e["text"] for e in events if "what enters" in e.get("text", "")]
+    assert pointer.startswith("what enters model.layers.1.") and "nor what enters 6 more" in pointer
+    assert pointer.endswith("norms and embeddings were not looked at")
     # there are no gradients either: nobody asked for them by name, so the rest is fitted without
     (warning,) = [e["text"] for e in events if "no gradients" in e.get("text", "")]
     assert warning.startswith("errors of all outputs count alike, no gradients: ")
@@ -165,6 +168,19 @@ def test_activations_that_overflow_leave_their_layers_dense(
     for file in (tmp_path / "two").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             assert not tensor.is_floating_point() or not torch.isnan(tensor).any(), name
+
+
+def test_a_matrix_of_enormous_weights_is_pointed_at(damaged_dir, tiny_text, tmp_path):
+    path, victim = damaged_dir / "model.safetensors", "model.layers.0.self_attn.v_proj"
+    tensors = load_file(path)
+    tensors[f"{victim}.weight"].mul_(1e25)
+    save_file(tensors, path, metadata={"format": "pt"})
+    events = []
+    settings = {**SETTINGS, "calibration": str(tiny_text), "listener": events.append}
+    result = compress(damaged_dir, tmp_path / "out", **settings)
+    assert "model.layers.0.self_attn.o_proj" in result.failed
+    (pointer,) = [e["text"] for e in events if "what enters" in e.get("text", "")]
+    assert f"The cause is likely {victim}, whose largest weight is" in pointer
 
 
 def test_an_unexpected_error_of_one_fit_costs_one_layer(

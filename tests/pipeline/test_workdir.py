@@ -122,3 +122,15 @@ def test_a_changed_record_is_fitted_again(change, tmp_path):
         path = tmp_path / "w/modules" / f"{NAME}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         assert not work.has(NAME)
+
+
+def test_a_link_in_place_of_the_results_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    work = tmp_path / "out.work"
+    WorkDir(work, {"a": 1}).close()
+    (work / "modules").rmdir()
+    (work / "modules").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="modules: a link"):
+        WorkDir(work, {"a": 1})
+    assert not list(elsewhere.iterdir())

@@ -96,7 +96,8 @@ def compress_command(
     )
     if result.failed:
         typer.echo(
-            f"partial: {len(result.failed)} layers stayed dense: {', '.join(result.failed)}",
+            f"partial: {len(result.failed)} layer{'s' if len(result.failed) > 1 else ''} stayed dense: "
+            f"{', '.join(result.failed)}",
             err=True,
         )
         raise typer.Exit(EXIT_PARTIAL)

@@ -16,6 +16,7 @@ from cospadi.cli.common import (
     describe_ratio,
     megabytes,
     quiet_libraries,
+    set_threads,
     write_json,
 )
 from cospadi.cli.live import duration
@@ -54,6 +55,7 @@ def plan_command(
         None, help="Memory of all processes of the run; the plan says how it would be kept."
     ),
     workers: int | None = typer.Option(None, help="Processes that fit."),
+    threads: int | None = typer.Option(None, help="Threads of each process; all cores by default."),
     device: str = typer.Option(
         "cpu", help="cpu or cuda, which need not be there: its memory is computed from shapes."
     ),
@@ -71,6 +73,7 @@ def plan_command(
     """
     given = options.given_settings(locals())
     quiet_libraries()
+    set_threads(threads)
     built = build_recipe(recipe, given, settings or [])
     from cospadi.model.discover import discover
     from cospadi.model.source import source_shapes
@@ -105,7 +108,12 @@ def plan_command(
         f"{len(plan.modules)} linears: {megabytes(plan.dense_bits / 8)} in bfloat16 -> "
         f"{megabytes(plan.stored_bits / 8)}; {describe_ratio(plan.ratio)}"
     )
+    shown: tuple[int, ...] | None = None
     for way in found["ways"]:
+        figures = way["peak_bytes"], way["work_disk_bytes"], way["output_bytes"]
+        if figures == shown and not way["is_chosen"]:
+            continue  # smaller batches, say, where something else is the most
+        shown = figures
         typer.echo(
             f"{'* ' if way['is_chosen'] else '  '}memory {megabytes(way['peak_bytes'])} {way['how']}; disk "
             f"{megabytes(way['work_disk_bytes'])} while it runs, {megabytes(way['output_bytes'])} in the end"

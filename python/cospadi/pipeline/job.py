@@ -35,6 +35,7 @@ from cospadi.pipeline.fit_task import (
     fits_one_thread,
 )
 from cospadi.pipeline.grams import GramSource
+from cospadi.pipeline.outliers import outlier_warning
 from cospadi.pipeline.plan import ModulePlan, Plan
 from cospadi.pipeline.recipe import Recipe
 from cospadi.pipeline.sensitivity import fisher_grams
@@ -99,6 +100,7 @@ class Job:
         self._resumed: set[str] = set()
         self._waiting: dict[str, Statistics] = {}
         self._coverage: list[Coverage] = []
+        self._overflowed: list[str] = []  # modules whose input is not finite
 
     @property
     def n_resumed(self) -> int:
@@ -122,6 +124,11 @@ class Job:
         self.reports = {name: self.reports[name] for name in self.planned if name in self.reports}
         order = {name: index for index, name in enumerate(self.planned)}
         self.failed.sort(key=lambda item: order[item.name])
+        if self._overflowed:
+            largest = {name: float(self._weight(name)[0].abs().max()) for name in self.planned}
+            first = min(self._overflowed, key=order.__getitem__)
+            n_more = len(self._overflowed) - 1
+            self.log.emit("warning", text=outlier_warning(first, n_more, largest))
 
     def _resume(self) -> None:
         """Take the groups all of whose members are finished; one member alone has no dictionary."""
@@ -154,6 +161,8 @@ class Job:
             )
             for item in items.values():
                 self._note_coverage(item.members, item.gram, item.n_tokens)
+                if not bool(torch.isfinite(item.gram.diagonal()).all()):
+                    self._overflowed.extend(item.members)
             if finished.index == finished.n_passes - 1:
                 self._report_coverage()
             while items:

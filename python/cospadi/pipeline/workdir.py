@@ -246,6 +246,10 @@ class WorkDir(ResultStore):
             raise InputError(
                 f"{path}: exists and is not a work directory; move it or choose another --out"
             )
+        if self._modules.is_symlink():
+            raise InputError(
+                f"{self._modules}: a link, where results are kept in the folder itself"
+            )
         try:
             self._modules.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK_FILE).open("w")
