@@ -109,6 +109,17 @@ def test_report_is_written_again_with_measurements(copied, cli, tiny_text, tmp_p
     assert code == 0 and stdout.strip() == str(copied / "report.html"), stderr
     page = (copied / "report.html").read_text(encoding="utf-8")
     assert "2 windows of 64 tokens" in page and "2 windows of 64 tokens" not in before
+    assert "note: " not in stderr and " ± " in (copied / "README.md").read_text(encoding="utf-8")
+    # a link has another name, and is the same; what is neither is named
+    link = tmp_path / "linked"
+    link.symlink_to(copied)
+    assert cli("eval", link, *evaluate[2:], "--json", file)[0] == 0
+    code, _, stderr = cli("report", copied, "--eval", file)
+    assert code == 0 and "note: " not in stderr
+    file.write_text(file.read_text().replace("manifest_sha256", "of_another"))
+    link.unlink()
+    code, _, stderr = cli("report", copied, "--eval", file)
+    assert code == 0 and f"note: {link}: neither this folder nor its original" in one_line(stderr)
     assert cli("verify", copied)[0] == 0
     code, _, stderr = cli("report", tmp_path)
     assert code == 2 and "cospadi_report.json: missing" in one_line(stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cospadi.checkpoint.manifest import verify_manifest
+from cospadi.checkpoint.manifest import manifest_sha256, verify_manifest
 from cospadi.errors import CheckpointError, InputError
 from cospadi.pipeline.compress import compress
 from cospadi.pipeline.inspect import inspect_checkpoint
@@ -120,7 +120,8 @@ def test_measurements_are_added_and_the_manifest_follows(copied, tmp_path):
 def evaluation(tmp_path, model, perplexity, name="e.json", **changes):
     """A file as eval --json writes it."""
     data = {"model": str(model), "text": "held_out.txt", "perplexity": perplexity, "windows": 2}
-    (tmp_path / name).write_text(json.dumps({**data, "context": 64, **changes}))
+    data |= {"context": 64, "ids_sha256": "0" * 64}
+    (tmp_path / name).write_text(json.dumps({**data, **changes}))
     return tmp_path / name
 
 
@@ -135,7 +136,8 @@ def test_measurements_stay_and_newer_ones_replace_them(copied, small, tiny_model
     assert "Not measured yet" in unmeasured[0] and "Not measured yet" in unmeasured[1]
     renew_page(copied, [evaluation(tmp_path, tiny_model_dir("llama"), 17.25)])
     renew_page(copied, [evaluation(tmp_path, copied, 20.0)])
-    task = {"piqa": {"value": 0.5, "stderr": 0.1, "metric": "acc", "items": 9}}
+    answers = {"value": 0.5, "stderr": 0.1, "metric": "acc", "items": 9, "items_sha256": "ab" * 32}
+    task = {"piqa": answers}
     renew_page(copied, [evaluation(tmp_path, copied, None, tasks=task)])
     # another folder of a result is neither of the two
     renew_page(copied, [evaluation(tmp_path, small[0], 99.0)])
@@ -159,6 +161,14 @@ def test_the_original_may_have_been_measured_under_another_name(copied, tmp_path
     renew_page(copied, originals=[evaluation(tmp_path, "exported/dense", 16.0)])
     for text in shown(copied):
         assert "+4.00 (+25.0 %)" in text and "exported" not in text
+
+
+def test_a_copy_under_another_name_is_known_by_its_manifest(copied, tmp_path):
+    there = {"manifest_sha256": manifest_sha256(copied)}
+    renew_page(copied, [evaluation(tmp_path, "/elsewhere/link", 24.5, **there)])
+    assert "compressed | 24.50" in shown(copied)[1]
+    renew_page(copied, [evaluation(tmp_path, "/elsewhere/other", 25.5, manifest_sha256="0" * 64)])
+    assert "/elsewhere/other | 25.50" in shown(copied)[1]
 
 
 def test_words_that_the_owner_added_to_the_card_stay(copied, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,15 @@ from cospadi.report.compression import read_compression
 from cospadi.report.compression_page import HOW_TO_MEASURE, STYLES, compression_page
 from cospadi.report.linear_table import linear_table
 from cospadi.report.maps import colour_scale
-from cospadi.report.scores import COMPRESSED, ORIGINAL, kept_scores, merged, read_scores, to_plain
+from cospadi.report.scores import (
+    COMPRESSED,
+    ORIGINAL,
+    difference,
+    kept_scores,
+    merged,
+    read_scores,
+    to_plain,
+)
 
 CSS = "".join(Path(parts.__file__).with_name(name).read_text(encoding="utf-8") for name in STYLES)
 EVIL = '</style></title><script>alert("1")</script>&amp;\x1b[31m\x00\ud800 é漢字\u202e'
@@ -196,8 +207,40 @@ def test_failures_come_first_and_are_counted():
     assert ", ".join(names) in reader.text
 
 
+def piqa(value, stderr, items, **more):
+    """A task as eval --json writes it."""
+    entry = {"value": value, "stderr": stderr, "metric": "acc_norm", "items": items}
+    return {**entry, "items_sha256": "cd" * 32, **more}
+
+
+def test_errors_are_those_of_windows_and_questions_and_differences_are_paired():
+    """Both models find the same windows hard: what differs between them is known far better than either."""
+    losses, worse = [3.0, 3.2, 3.4, 3.0], [3.11, 3.31, 3.49, 3.13]
+    answers, wrong = [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]
+
+    def file(model, nll, right, role):
+        mean = statistics.mean(nll)
+        data = {**evaluation(model, math.exp(mean)), "windows": 4, "window_nll": nll}
+        share = statistics.mean(right)
+        data["tasks"] = {"piqa": piqa(share, statistics.stdev(right) / 2, 4, item_scores=right)}
+        return [dataclasses.replace(s, role=role) for s in read_scores(data, "e.json")]
+
+    scores = file("a", losses, answers, ORIGINAL) + file("b", worse, wrong, COMPRESSED)
+    dense, _, small, _ = scores
+    assert dense.stderr == pytest.approx(dense.value * statistics.stdev(losses) / 2)
+    block = statistics.stdev(y - x for x, y in zip(losses, worse, strict=True)) / 2
+    shown = difference(small, dense).replace("\u2009", " ")
+    relative = math.expm1(statistics.mean(worse) - statistics.mean(losses))
+    assert shown.endswith(f"(+{100 * relative:.1f} ± {100 * (1 + relative) * block:.1f} %)")
+    assert difference(scores[3], scores[1]) == "−0.2500 ± 0.2500"
+    assert kept_scores(to_plain(scores), "run") == scores
+    # other questions: not one protocol, and nothing to pair
+    other = {"model": "c", "tasks": {"piqa": piqa(0.5, 0.1, 4, items_sha256="ef" * 32)}}
+    assert read_scores(other, "e.json")[0].protocol != scores[1].protocol
+
+
 def test_scores_of_equal_protocol_stand_together():
-    task = {"piqa": {"value": 0.66, "stderr": 0.011, "metric": "acc_norm", "items": 1838}}
+    task = {"piqa": piqa(0.66, 0.011, 1838)}
     files = [
         evaluation("dense", 22.88),
         {"model": "small", "tasks": task},
@@ -290,6 +333,12 @@ def test_the_table_of_linears_is_folded_and_its_terms_are_explained():
         ({"model": "a"}, "neither a perplexity nor tasks"),
         ({"model": "a", "perplexity": "big"}, "perplexity: expected a finite number"),
         ({"model": "a", "tasks": [1]}, "tasks: expected an object"),
+        ({"model": "a", "perplexity": 3.0}, "e.json: windows is missing"),
+        ({"model": "a", "perplexity": 3.0, "windows": 2, "context": 8}, "key 'ids_sha256' is miss"),
+        ({**evaluation("a", 3.0), "window_nll": [1.0]}, "window_nll: expected 16 numbers, got 1"),
+        ({**evaluation("a", 3.0), "window_nll": [None]}, r"window_nll\[0\]: expected a finite"),
+        ({"model": "a", "tasks": {"piqa": {}}}, r"tasks\['piqa'\]: key 'value' is missing"),
+        ({"model": "a", "tasks": {"piqa": piqa(None, None, 3)}}, "value: expected a number"),
     ],
 )
 def test_bad_evaluations_are_named(data, message):

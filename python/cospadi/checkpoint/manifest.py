@@ -100,6 +100,17 @@ def has_manifest(path: str | Path) -> bool:
     return os.path.lexists(Path(path) / MANIFEST_FILE)
 
 
+def manifest_sha256(path: str | Path) -> str:
+    """What tells one result from another, wherever its folder lies: the SHA-256 sum of its manifest.
+
+    Raises
+    ------
+    CheckpointError
+        There is none.
+    """
+    return _sha256(checked_file(Path(path), MANIFEST_FILE))
+
+
 def verify_manifest(path: str | Path) -> ManifestReport:
     """Compare every listed file with its size and hash.
 

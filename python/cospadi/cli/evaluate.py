@@ -70,6 +70,7 @@ def eval_command(
         from cospadi.evaluation.tasks import check_tasks
 
         check_tasks(names, data_dir=task_data)
+    from cospadi.checkpoint.manifest import has_manifest, manifest_sha256
     from cospadi.native.heap import keep_heap
     from cospadi.pipeline.open_model import open_model, require_tokenizer
 
@@ -78,6 +79,8 @@ def eval_command(
         require_tokenizer(model)
     opened, tokenizer = open_model(model, dtype=dtype, warn=show_warning)
     data: dict[str, Any] = {"model": model}
+    if has_manifest(model):
+        data["manifest_sha256"] = manifest_sha256(model)
     quiet = str(json_out) == "-"
     if text is not None:
         from cospadi.evaluation.perplexity import evaluate_perplexity, tokenize_text

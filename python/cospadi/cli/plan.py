@@ -125,7 +125,8 @@ def plan_command(
     seconds = found["seconds"]
     typer.echo(
         f"time, about: {', '.join(f'{stage} {duration(t)}' for stage, t in seconds.items())} with "
-        f"{found['threads']} threads" + (f" in each of {workers} workers" if workers else "")
+        f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+        + (f" in each of {workers} workers" if workers else "")
     )
 
 

@@ -24,6 +24,13 @@ def report_command(
 
     Measurements stay in the directory: a later one of the same model on the same text or task replaces the earlier.
     """
+    from cospadi.pipeline.measurements import unknown_models
     from cospadi.pipeline.report import renew_page
 
     typer.echo(str(renew_page(directory, evaluation, original)))
+    for name in unknown_models(directory):
+        typer.echo(
+            f"note: {name}: neither this folder nor its original by name, so nothing is compared with it; "
+            "--original FILE says that a measurement is the original's",
+            err=True,
+        )

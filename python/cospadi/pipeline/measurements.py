@@ -12,15 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cospadi.checkpoint.manifest import RUN_FILE
+from cospadi.checkpoint.manifest import RUN_FILE, has_manifest, manifest_sha256
 from cospadi.checkpoint.reader import checked_file
-from cospadi.checkpoint.strict_json import check_plain, read_json_object
+from cospadi.checkpoint.strict_json import brief_text, check_plain, read_json_object
 from cospadi.errors import CheckpointError, InputError
 from cospadi.report.files import write_text
 from cospadi.report.scores import (
     COMPRESSED,
     ORIGINAL,
+    ROLES,
     Score,
+    blocks_of,
     kept_scores,
     merged,
     read_scores,
@@ -57,6 +59,16 @@ def read_measurements(folder: Path) -> list[Score]:
         raise CheckpointError(str(error)) from None
 
 
+def unknown_models(folder: Path) -> list[str]:
+    """Names of measured models that may be the original, or this one, but whose name does not say so."""
+    names: dict[str, None] = {}
+    for block in blocks_of(read_measurements(folder)):
+        roles = {score.role for score in block}
+        if not roles.issuperset(ROLES):
+            names |= dict.fromkeys(score.model for score in block if score.role is None)
+    return [brief_text(name) for name in names]
+
+
 def write_measurements(folder: Path, scores: Sequence[Score]) -> None:
     """Keep measurements in the run record; the other keys stay."""
     record: dict[str, Any] = {"files": {}}
@@ -83,8 +95,11 @@ def add_measurements(
     """
     new = []
     for file in evaluations:
-        for score in read_scores(plain_object(Path(file)), str(file)):
-            new.append(replace(score, role=_role(score.model, folder, source_name)))
+        data = plain_object(Path(file))
+        is_this = has_manifest(folder) and data.get("manifest_sha256") == manifest_sha256(folder)
+        for score in read_scores(data, str(file)):
+            role = COMPRESSED if is_this else _role(score.model, folder, source_name)
+            new.append(replace(score, role=role))
     for file in originals:
         for score in read_scores(plain_object(Path(file)), str(file)):
             new.append(replace(score, role=ORIGINAL))

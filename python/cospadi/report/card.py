@@ -132,7 +132,7 @@ def _measured(scores: Sequence[Score]) -> str:
     for block in blocks_of(scores):
         original = original_of(block)
         for score in block:
-            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+            error = "" if score.stderr is None else f" ± {score.shown_error}"
             what = f"{_plain(score.heading)}, {_plain(score.metric)}"
             value = f"{score.shown_value}{error}"
             change = difference(score, original)
@@ -145,7 +145,8 @@ def _measured(scores: Sequence[Score]) -> str:
 |---|---|---|---|---|
 {table}
 
-By `cospadi eval`. Lower perplexity is better, higher accuracy is better.
+By `cospadi eval`. Lower perplexity is better, higher accuracy is better. Errors of values say how much texts and
+questions vary; those of differences are paired, window by window and question by question.
 """
 
 

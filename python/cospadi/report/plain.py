@@ -64,6 +64,14 @@ def numbers(value: Any, where: str) -> dict[str, float]:  # noqa: ANN401
     return {key: number for key, number in read.items() if number is not None}
 
 
+def number_list(value: Any, where: str) -> tuple[float, ...]:  # noqa: ANN401
+    """A list of finite numbers."""
+    read = [number(item, f"{where}[{i}]") for i, item in enumerate(sequence(value, where))]
+    if None in read:
+        raise InputError(f"{where}[{read.index(None)}]: expected a finite number, got null")
+    return tuple(item for item in read if item is not None)
+
+
 def count(data: Mapping[str, Any], key: str, where: str) -> int | None:
     """The integer of a key, at least 0 and below `LARGEST`; None where the key is not there."""
     value = data.get(key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -38,6 +40,8 @@ class Score:
         What must be equal for two numbers to be comparable: windows, context and hash of the ids; items of the task.
     role : str, optional
         One of `ROLES`, where it is known.
+    parts : tuple of float
+        Loss per token of every window, or score of every question: what differences are paired over. May be missing.
     """
 
     model: str
@@ -47,6 +51,7 @@ class Score:
     stderr: float | None
     protocol: str
     role: str | None = None
+    parts: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
@@ -63,6 +68,13 @@ class Score:
         """Name of the text, without the folder that it lay in, or of the task."""
         return PurePath(self.what).name if self.metric == PERPLEXITY else self.what
 
+    @property
+    def shown_error(self) -> str:
+        """The standard error like the value; MISSING where it is not known."""
+        if self.stderr is None:
+            return MISSING
+        return quantity(self.stderr) if self.metric == PERPLEXITY else f"{self.stderr:.4f}"
+
 
 def read_scores(data: Mapping[str, Any], where: str) -> list[Score]:
     """Numbers of one JSON file of ``cospadi eval``.
@@ -76,24 +88,54 @@ def read_scores(data: Mapping[str, Any], where: str) -> list[Score]:
     scores = []
     perplexity = plain.number(data.get("perplexity"), f"{where}: perplexity")
     if perplexity is not None:
-        windows = plain.count(data, "windows", where)
-        context = plain.count(data, "context", where)
-        ids = str(data.get("ids_sha256", "unknown"))
+        windows, context = _whole(data, "windows", where), _whole(data, "context", where)
+        ids, text = _text(data, "ids_sha256", where), _text(data, "text", where)
         protocol = f"{windows} windows of {context} tokens, ids {ids[:12]}"
-        text = str(data.get("text", "text"))
-        scores.append(Score(model, text, PERPLEXITY, perplexity, None, protocol))
+        losses = _parts(data, "window_nll", windows, where)
+        error = _mean_error(losses)  # of the mean loss; that of its exponential to first order
+        stderr = None if error is None else perplexity * error
+        scores.append(Score(model, text, PERPLEXITY, perplexity, stderr, protocol, None, losses))
     for task, item in plain.mapping(data.get("tasks"), f"{where}: tasks").items():
-        entry = plain.mapping(item, f"{where}: tasks[{task!r}]")
-        value = plain.number(entry.get("value"), f"{where}: tasks[{task!r}].value")
-        if value is not None:
-            stderr = plain.number(entry.get("stderr"), f"{where}: tasks[{task!r}].stderr")
-            metric, items = str(entry.get("metric", "score")), entry.get("items")
-            scores.append(Score(model, task, metric, value, stderr, f"{items} items"))
+        place = f"{where}: tasks[{task!r}]"
+        entry = plain.mapping(item, place)
+        value = plain.number(plain.required(entry, "value", place), f"{place}.value")
+        if value is None:
+            raise InputError(f"{place}.value: expected a number, got null")
+        stderr = plain.number(entry.get("stderr"), f"{place}.stderr")
+        metric, items = _text(entry, "metric", place), _whole(entry, "items", place)
+        protocol = f"{items} items, questions {_text(entry, 'items_sha256', place)[:12]}"
+        answers = _parts(entry, "item_scores", items, place)
+        scores.append(Score(model, task, metric, value, stderr, protocol, None, answers))
     if not scores:
         raise InputError(
             f"{where}: holds neither a perplexity nor tasks; pass what eval --json wrote"
         )
     return scores
+
+
+def _text(data: Mapping[str, Any], key: str, where: str) -> str:
+    return plain.text(plain.required(data, key, where), f"{where}: {key}")
+
+
+def _whole(data: Mapping[str, Any], key: str, where: str) -> int:
+    found = plain.count(data, key, where)
+    if found is None:
+        raise InputError(f"{where}: {key} is missing; pass what eval --json wrote")
+    return found
+
+
+def _parts(data: Mapping[str, Any], key: str, count: int, where: str) -> tuple[float, ...]:
+    """Values of all windows or questions; none where the file does not have them."""
+    place = f"{where}: {key}"
+    found = plain.number_list(data.get(key, ()), place)
+    if found and len(found) != count:
+        raise InputError(f"{place}: expected {count} numbers, got {len(found)}")
+    return found
+
+
+def _mean_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None of fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def kept_scores(value: object, where: str) -> list[Score]:
@@ -117,7 +159,8 @@ def kept_scores(value: object, where: str) -> list[Score]:
         role = data.get("role")
         if number is None or role not in (None, *ROLES):
             raise InputError(f"{place}: expected a value, and no role or one of {', '.join(ROLES)}")
-        scores.append(Score(model, what, metric, number, stderr, protocol, role))
+        parts = plain.number_list(data.get("parts", ()), f"{place}.parts")
+        scores.append(Score(model, what, metric, number, stderr, protocol, role, parts))
     return scores
 
 
@@ -162,16 +205,24 @@ def original_of(block: Sequence[Score]) -> Score | None:
 
 
 def difference(score: Score, original: Score | None) -> str:
-    """How a number differs from the original's: ``+1.28 (+5.6 %)``, for shares ``−0.0123``."""
+    """How a number differs from the original's: ``+1.28 (+5.6 ± 0.4 %)``, for shares ``−0.0123 ± 0.0040``.
+
+    The standard error is that of the differences window by window, or question by question.
+    """
     if original is None or score is original:
         return MISSING
     change = score.value - original.value
     sign = "+" if change >= 0 else "−"
+    error = None
+    if len(score.parts) == len(original.parts):
+        error = _mean_error([x - y for x, y in zip(score.parts, original.parts, strict=True)])
     if score.metric != PERPLEXITY:
-        return f"{sign}{abs(change):.4f}"
+        return f"{sign}{abs(change):.4f}" + ("" if error is None else f" ± {error:.4f}")
     if original.value <= 0:
         return f"{sign}{quantity(abs(change))}"
     relative = percent(abs(change) / original.value)
+    if error is not None:
+        relative += f" ± {percent(score.value / original.value * error)}"
     return f"{sign}{quantity(abs(change))} ({sign}{relative}{THIN_SPACE}%)"
 
 
@@ -199,8 +250,7 @@ def score_table(scores: Sequence[Score]) -> ET.Element:
             element("tr", element("th", label, colspan="4", scope="rowgroup"), class_="block"),
         )
         for score in block:
-            error = MISSING if score.stderr is None else f"{score.stderr:.4f}"
-            values = (score.shown_value, error, difference(score, original))
+            values = (score.shown_value, score.shown_error, difference(score, original))
             cells = (element("td", value) for value in values)
             body.append(element("tr", element("th", score.label, scope="row"), *cells))
         table.append(body)
