@@ -127,6 +127,13 @@ def test_report_is_written_again_with_measurements(copied, cli, tiny_text, tmp_p
     assert code == 2 and "none.json: cannot be read" in one_line(stderr)
 
 
+def test_plan_says_what_compress_will_refuse(cli, tiny_model_dir):
+    given = ("--ratio", 0.3, "--samples", 4, "--sequence-length", 100_000)
+    code, _, stderr = cli("plan", tiny_model_dir("llama"), *given)
+    assert code == 0 and stderr.startswith("note: compress will refuse this: sequences of 100000")
+    assert not cli("plan", tiny_model_dir("llama"), *given, "--calibration", "none")[2]
+
+
 def test_plan_reads_no_weights(cli, tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir("llama"), tmp_path / "copy")
     (copy / "model.safetensors").unlink()

@@ -87,8 +87,16 @@ def check_ids(model: nn.Module, ids: Tensor, *, length: int) -> None:
             f"token ids {low} to {high} do not fit the model's vocabulary ({vocabulary}): "
             "wrong tokenizer or ids file"
         )
+    check_length(model, length)
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise InputError if sequences of so many tokens exceed ``max_position_embeddings`` of the model."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        raise InputError(f"sequences of {length} tokens exceed the model's context of {limit}")
+        raise InputError(
+            f"sequences of {length} tokens exceed the model's context of {limit}: choose at most that "
+            "(sequence_length of calibration, context of eval)"
+        )

@@ -20,6 +20,7 @@ from cospadi.cli.common import (
     write_json,
 )
 from cospadi.cli.live import duration
+from cospadi.errors import InputError
 
 if TYPE_CHECKING:
     from cospadi.factor.spec import FactorSpec
@@ -75,6 +76,7 @@ def plan_command(
     quiet_libraries()
     set_threads(threads)
     built = build_recipe(recipe, given, settings or [])
+    from cospadi.calibration.ids import check_length
     from cospadi.model.discover import discover
     from cospadi.model.source import source_shapes
     from cospadi.pipeline.plan import make_plan
@@ -88,6 +90,11 @@ def plan_command(
     found = resources(
         model, shapes, targets, plan, built, max_memory=max_memory, workers=workers, device=device
     )
+    if built.uses_calibration:
+        try:
+            check_length(shapes, built.sequence_length)
+        except InputError as error:  # sizes hold all the same
+            typer.echo(f"note: compress will refuse this: {error}", err=True)
     write_json(json_out, plan.to_mapping() | {"resources": found})
     if str(json_out) == "-":
         return

@@ -399,8 +399,8 @@ class Recipe:
             )
         if kept_bits(self.ratio) < LOWEST_BITS:
             raise InputError(
-                f"ratio: coeffs_dtype auto keeps at least {LOWEST_BITS} bits per weight "
-                f"({removed_share(LOWEST_BITS):.4f}), got {self.ratio}"
+                f"ratio: coeffs_dtype auto keeps at least {LOWEST_BITS} bits per weight (ratio "
+                f"{removed_share(LOWEST_BITS):.4f}), asked for are {kept_bits(self.ratio):.3g} (ratio {self.ratio:.4g})"
             )
 
     @property

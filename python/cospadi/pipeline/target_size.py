@@ -56,10 +56,12 @@ def with_ratio_for_size(
     ratio = 1.0 - (size - rest) / dense if dense else 1.0
     if ratio >= 1.0:
         raise InputError(
-            f"target_size: {size} bytes, but what is not compressed (embeddings, norms, overrides) takes {rest} already"
+            f"target_size: {size / 1e6:.1f} MB, but what is not compressed (embeddings, norms, overrides) takes "
+            f"{rest / 1e6:.1f} MB already"
         )
     if ratio <= 0.0:
         raise InputError(
-            f"target_size: the model takes {rest + dense} bytes in {recipe.storage_dtype}, no more than {size}"
+            f"target_size: the model takes {(rest + dense) / 1e6:.1f} MB in {recipe.storage_dtype}, no more than "
+            f"{size / 1e6:.1f} MB"
         )
     return dataclasses.replace(recipe, ratio=ratio)

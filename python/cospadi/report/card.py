@@ -106,11 +106,15 @@ The share removed is given in the ways in which publications count it, always ag
 
 ```sh
 {again}   # MODEL: the source above
-{check}   # recomputes the stated errors; --calibration TEXT if it moved
+{check}   # recomputes the stated errors
 ```
 
+A text that the recipe names by a relative path is looked for where the command runs: `--calibration TEXT` says where it
+is, for both commands.
+
 `recipe.yaml` holds every setting, `cospadi_report.json` the error of every layer, the versions and the hash of the
-calibration tokens. The number of threads decides the order of sums, and with it the last bits.
+calibration tokens. The number of threads decides the order of sums, and with it the last bits; so does the processor's
+instruction set.
 """
 
 
