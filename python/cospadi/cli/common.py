@@ -107,11 +107,12 @@ def number_list(option: str, text: str, kind: type[_Number]) -> list[_Number]:
 
 def describe_ratio(ratio: Mapping[str, float]) -> str:
     """Removed shares in every convention, side by side."""
-    text = (
-        f"removed {ratio['values']:.2%} of values, {ratio['mask16']:.2%} with mask (Eq. 10), "
-        f"{ratio['mask14']:.2%} with mask and 14-bit coefficients (Eq. 11), {ratio['stored']:.2%} of bytes as stored"
+    text = f"removed {ratio['stored']:.2%} of bytes as stored"
+    text += f", {ratio['file']:.2%} of file bytes" if "file" in ratio else ""
+    return (
+        f"{text}; counted otherwise: {ratio['values']:.2%} of values, {ratio['mask16']:.2%} with mask (Eq. 10), "
+        f"{ratio['mask14']:.2%} with mask and 14-bit coefficients (Eq. 11)"
     )
-    return f"{text}, {ratio['file']:.2%} of file bytes" if "file" in ratio else text
 
 
 def megabytes(n_bytes: float) -> str:

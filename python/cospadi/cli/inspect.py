@@ -46,7 +46,8 @@ def inspect_command(
         ratio = data["ratio"][part]
         size = data["bytes"][part]
         typer.echo(
-            f"{part}: {megabytes(size['dense'])} -> {megabytes(size['stored'])}; {describe_ratio(ratio)}"
+            f"{part}: {megabytes(size['dense'])} in bfloat16 -> {megabytes(size['stored'])} stored, "
+            f"{megabytes(size['file'])} in files; {describe_ratio(ratio)}"
         )
     if data["failed"]:
         typer.echo(f"left dense after a failure: {', '.join(map(str, data['failed']))}")

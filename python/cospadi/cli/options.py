@@ -57,12 +57,13 @@ GroupSize = Annotated[
 CoeffsDtype = Annotated[
     str | None,
     typer.Option(
-        help="Type of stored coefficients: bfloat16, bfloat14, int8, int4, ..., auto [bfloat16; auto with --bits or "
-        "--target-size]."
+        help="Type of stored coefficients: bfloat16, float16, float32, bfloat14, int8, int6, int5, int4, int3, auto "
+        "[bfloat16; auto with --bits or --target-size]."
     ),
 ]
 DictionaryDtype = Annotated[
-    str | None, typer.Option(help="Type of stored dictionaries: bfloat16, int8, ... [bfloat16].")
+    str | None,
+    typer.Option(help="Type of stored dictionaries: bfloat16, float16, float32, int8 [bfloat16]."),
 ]
 Sequential = Annotated[
     bool,

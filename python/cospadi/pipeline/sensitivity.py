@@ -72,7 +72,9 @@ def prepare_fisher(
             max_bytes=None if limit is None else int(limit * 2**30),
             progress=lambda done, total: log.progress("backward", done=done, total=total),
         )
-    log.emit("fisher", n_matrices=len(targets), seconds=round(seconds, 2))
+    log.emit(
+        "output_metric", kind=recipe.metric, n_matrices=len(targets), seconds=round(seconds, 2)
+    )
     return store
 
 

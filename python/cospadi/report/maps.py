@@ -135,7 +135,9 @@ def map_panel(
             else:
                 found.append(value)
                 tooltip = svg.title(f"{where}: {value:.3f}")
-                group.append(element("rect", tooltip, fill=svg.viridis(scale(value)), **frame))
+                group.append(
+                    element("rect", tooltip, fill=svg.viridis(scale(value)), class_="cell", **frame)
+                )
         mean = f"{statistics.fmean(found):.3f}" if found else MISSING
         end = left + len(places.columns) * cell_w
         group.append(svg.text(end + 6, at + 11, mean, style="tick"))
