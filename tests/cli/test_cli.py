@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from cli_commands import one_line
 
 from cospadi.cli.common import megabytes
 from cospadi.cli.live import Eta
+from cospadi.cli.options import CoeffsDtype, DictionaryDtype
+from cospadi.factor.spec import COEFFS_DTYPES, DICTIONARY_DTYPES
 from cospadi.pipeline.recipe_file import recipe_from_mapping
 
 
@@ -182,6 +185,13 @@ def test_a_reader_that_left_ends_the_command_without_a_word(arguments, unbuffere
     finally:
         os.close(ours)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_help_names_every_type_that_can_be_stored():
+    for option, known in ((CoeffsDtype, COEFFS_DTYPES), (DictionaryDtype, DICTIONARY_DTYPES)):
+        (info,) = option.__metadata__
+        named = set(re.findall(r"\w+", info.help.split("[")[0]))
+        assert named.issuperset(known)
 
 
 def test_help_and_version(cli):
