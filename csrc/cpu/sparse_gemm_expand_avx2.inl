@@ -14,6 +14,22 @@ constexpr int64_t kFewDictionaryRows = 32;
 /// Bytes of z that all columns are multiplied by before the next: half of the L1 cache.
 constexpr int64_t kDepthBytes = 16384;
 
+/// Two mask words of a column.
+template <class C, bool kAllAtoms>
+class WordPair {
+ public:
+  explicit WordPair(uint64_t bits) : bits_(bits) {}
+  [[nodiscard]] uint32_t lower() const {
+    return kAllAtoms ? ~uint32_t{0} : static_cast<uint32_t>(bits_);
+  }
+  [[nodiscard]] uint32_t upper() const {
+    return kAllAtoms ? ~uint32_t{0} : static_cast<uint32_t>(bits_ >> 32);
+  }
+
+ private:
+  uint64_t bits_;
+};
+
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>
 constexpr int64_t position_of(int64_t i) {
@@ -113,4 +129,9 @@ inline float sum_lanes(Vec<float> v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+/// out[i] = sum_lanes(v[i]) for four vectors.
+inline void sum_lanes_of_four(const Vec<float>* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(v[i]);
 }

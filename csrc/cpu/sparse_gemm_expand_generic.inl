@@ -14,6 +14,22 @@ constexpr int64_t kFewDictionaryRows = 16;
 /// work here.
 constexpr int64_t kDepthBytes = int64_t{1} << 40;
 
+/// Two mask words of a column.
+template <class C, bool kAllAtoms>
+class WordPair {
+ public:
+  explicit WordPair(uint64_t bits) : bits_(bits) {}
+  [[nodiscard]] uint32_t lower() const {
+    return kAllAtoms ? ~uint32_t{0} : static_cast<uint32_t>(bits_);
+  }
+  [[nodiscard]] uint32_t upper() const {
+    return kAllAtoms ? ~uint32_t{0} : static_cast<uint32_t>(bits_ >> 32);
+  }
+
+ private:
+  uint64_t bits_;
+};
+
 /// Position, within its mask word, of element i of the expanded word.
 template <class C>
 constexpr int64_t position_of(int64_t i) {
@@ -40,3 +56,8 @@ struct ExpandedFloats {
 };
 
 inline float sum_lanes(Vec<float> v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+/// out[i] = sum_lanes(v[i]) for four vectors.
+inline void sum_lanes_of_four(const Vec<float>* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(v[i]);
+}

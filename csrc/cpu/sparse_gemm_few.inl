@@ -11,6 +11,10 @@
 constexpr int64_t kPrefetchBytes = 16384;
 constexpr int64_t kCacheLine = 64;
 
+/// Cache lines that two mask words of one column advance by at most.
+template <class C>
+inline constexpr int64_t kPairLines = 2 * kMaskWord * static_cast<int64_t>(sizeof(C)) / kCacheLine;
+
 /// Elements of one prepared row. The rows of a register tile lie vector by vector beside each
 /// other, so that one pointer finds them all.
 template <class Format>
@@ -35,23 +39,101 @@ inline int64_t depth_words(int64_t n_atoms) {
   return n_blocks <= 1 ? n_words : (n_words + n_blocks - 1) / n_blocks;  // of equal size
 }
 
+/// What is fetched ahead while a column is read: distances from what is being read.
+struct FetchAhead {
+  int64_t coeffs;  ///< elements
+  int64_t mask_bytes;
+};
+
+/// sum(r) += z(r) S for one word of a column, expanded from `bits` and the coefficients at `p`.
+template <class Format, int kRows>
+inline __attribute__((always_inline)) void multiply_word(uint32_t bits,
+                                                         const typename Format::Coeff* p,
+                                                         const typename Format::Element* z_word,
+                                                         Vec<float>* sum) {
+  constexpr int kParts = Format::kWordElements / kWidth<float>;
+  const typename Format::Expanded expanded(bits, p);
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; ++i) {
+    const Vec<float> part = expanded.part(i);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = Format::multiply_add(sum[r], z_word + (i * kRows + r) * kWidth<float>, part);
+    }
+  }
+}
+
+/// sums(c, r) += z(r, word) S(word, c) for words first_word .. last_word of kColumns columns, an
+/// even number of words that all columns have in full. `p`: the coefficients of every column from
+/// first_word on, and afterwards from last_word on.
+///
+/// Two words at a time: the chain from one address of coefficients to the next is half as long.
+template <class Format, int kRows, int kColumns, bool kAllAtoms>
+inline void multiply_word_pairs(const uint8_t* mask,
+                                int64_t mask_stride,
+                                const FetchAhead& ahead,
+                                int64_t first_word,
+                                int64_t last_word,
+                                const typename Format::Element* z,
+                                const typename Format::Coeff** p,
+                                Vec<float> (*sums)[kRows]) {
+  using C = typename Format::Coeff;
+  constexpr int64_t kLineCoeffs = kCacheLine / static_cast<int64_t>(sizeof(C));
+  constexpr int64_t kWordStride = kRows * Format::kWordElements;
+  // copies of their own, that nothing but registers needs to hold
+  const C* at[kColumns];
+  Vec<float> sum[kColumns][kRows];
+#pragma GCC unroll 16
+  for (int c = 0; c < kColumns; ++c) {
+    at[c] = p[c];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[c][r] = sums[c][r];
+  }
+  const typename Format::Element* z_word = z + first_word * kWordStride;
+  for (int64_t word = first_word; word < last_word; word += 2, z_word += 2 * kWordStride) {
+    if (!kAllAtoms && static_cast<uint64_t>(word) % (kCacheLine / 4) < 2) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) {
+        __builtin_prefetch(mask + c * mask_stride + 4 * word + ahead.mask_bytes, 0, 2);
+      }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) {
+      const uint64_t bits = full_word_pair<kAllAtoms>(mask + c * mask_stride, word);
+      const WordPair<C, kAllAtoms> pair(bits);
+      multiply_word<Format, kRows>(pair.lower(), at[c], z_word, sum[c]);
+      const C* const fetched = at[c] + ahead.coeffs;
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kPairLines<C>; ++line) {
+        __builtin_prefetch(fetched + line * kLineCoeffs, 0, 2);
+      }
+      const C* const next = at[c] + __builtin_popcount(static_cast<uint32_t>(bits));
+      at[c] += __builtin_popcountll(bits);
+      multiply_word<Format, kRows>(pair.upper(), next, z_word + kWordStride, sum[c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < kColumns; ++c) {
+    p[c] = at[c];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sums[c][r] = sum[c][r];
+  }
+}
+
 /// A depth block of kColumns columns from `column` on, times kRows rows; sums are added to `out`
-/// from the second block on. `kChecked`: the columns lie near the end of the tensor. `ahead`:
-/// columns between this one and the one to prefetch.
+/// from the second block on. `kChecked`: the columns lie near the end of the tensor,
+/// where nothing is fetched ahead.
 template <class Format, int kRows, int kColumns, bool kChecked, bool kAllAtoms>
 inline void multiply_columns(const SparseColumns& s,
                              int64_t column,
-                             int64_t ahead,
+                             const FetchAhead& ahead,
                              const DepthBlock& block,
                              const typename Format::Element* z,
                              float* out,
                              int64_t out_stride) {
   using C = typename Format::Coeff;
-  constexpr int kParts = Format::kWordElements / kWidth<float>;
   const int64_t n_full = s.n_atoms / kMaskWord;
   const C* end = static_cast<const C*>(s.coeffs_end);
-  const int64_t coeffs_ahead = s.is_decoded ? 0 : ahead * s.coeffs_stride;
-  const int64_t mask_ahead = ahead * s.mask_stride;
   C local[kChecked ? kMaskWord : 1];
   const uint8_t* mask = mask_row(s, column);
   const C* p[kColumns];
@@ -64,28 +146,24 @@ inline void multiply_columns(const SparseColumns& s,
     for (int r = 0; r < kRows; ++r) sum[c][r] = Vec<float>{};
   }
   const auto step = [&](int c, uint32_t bits, int64_t word) __attribute__((always_inline)) {
-    const typename Format::Expanded expanded(bits, kChecked ? readable(p[c], end, local) : p[c]);
-    const typename Format::Element* z_word = z + word * kRows * Format::kWordElements;
-#pragma GCC unroll 8
-    for (int i = 0; i < kParts; ++i) {
-      const Vec<float> part = expanded.part(i);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        sum[c][r] = Format::multiply_add(sum[c][r], z_word + (i * kRows + r) * kWidth<float>, part);
-      }
-    }
-    if constexpr (!kChecked) __builtin_prefetch(p[c] + coeffs_ahead, 0, 2);
+    multiply_word<Format, kRows>(bits,
+                                 kChecked ? readable(p[c], end, local) : p[c],
+                                 z + word * kRows * Format::kWordElements,
+                                 sum[c]);
     p[c] += __builtin_popcount(bits);
   };
   const int64_t last_full = std::min(n_full, block.last_word);
-  for (int64_t word = block.first_word; word < last_full; ++word) {
+  int64_t word = block.first_word;
+  if constexpr (!kChecked) {
+    const int64_t n_pairs = std::max<int64_t>(last_full - word, 0) / 2;
+    multiply_word_pairs<Format, kRows, kColumns, kAllAtoms>(
+        mask, s.mask_stride, ahead, word, word + 2 * n_pairs, z, p, sum);
+    word += 2 * n_pairs;
+  }
+  for (; word < last_full; ++word) {
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
-      const uint8_t* row = mask + c * s.mask_stride;
-      step(c, full_word<kAllAtoms>(row, word), word);
-      if (!kChecked && !kAllAtoms && word % (kCacheLine / 4) == 0) {
-        __builtin_prefetch(row + 4 * word + mask_ahead, 0, 2);
-      }
+      step(c, full_word<kAllAtoms>(mask + c * s.mask_stride, word), word);
     }
   }
   if (n_full < block.last_word) {
@@ -94,14 +172,19 @@ inline void multiply_columns(const SparseColumns& s,
       step(c, tail_word<kAllAtoms>(mask + c * s.mask_stride, s.n_atoms), n_full);
     }
   }
+  float totals[kColumns * kRows];
+  if constexpr (kColumns * kRows % 4 == 0) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kColumns * kRows; i += 4) sum_lanes_of_four(&sum[0][0] + i, totals + i);
+  } else {
+    for (int i = 0; i < kColumns * kRows; ++i) totals[i] = sum_lanes((&sum[0][0])[i]);
+  }
   const bool is_first = block.first_word == 0;
-#pragma GCC unroll 16
   for (int c = 0; c < kColumns; ++c) {
     if (block.offsets != nullptr) block.offsets[c] = p[c] - column_coeffs<C>(s, column + c);
-#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       float& result = out[r * out_stride + c];
-      result = is_first ? sum_lanes(sum[c][r]) : result + sum_lanes(sum[c][r]);
+      result = is_first ? totals[c * kRows + r] : result + totals[c * kRows + r];
     }
   }
 }
@@ -118,8 +201,10 @@ void multiply_rows(const SparseColumns& s,
   using C = typename Format::Coeff;
   constexpr int kColumns = kColumnsInFlight<kRows>;
   const int64_t column_bytes = s.coeffs_stride * static_cast<int64_t>(sizeof(C));
-  const int64_t ahead =
+  const int64_t columns_ahead =
       kColumns * (1 + kPrefetchBytes / (kColumns * std::max<int64_t>(column_bytes, kCacheLine)));
+  const FetchAhead ahead{.coeffs = s.is_decoded ? 0 : columns_ahead * s.coeffs_stride,
+                         .mask_bytes = columns_ahead * s.mask_stride};
   int64_t* const offsets = block.offsets;
   int64_t j = 0;
   while (j < n_columns) {
@@ -131,7 +216,7 @@ void multiply_rows(const SparseColumns& s,
       j += kColumns;
     } else {
       multiply_columns<Format, kRows, 1, true, kAllAtoms>(
-          s, first + j, 0, block, z, out + j, out_stride);
+          s, first + j, {}, block, z, out + j, out_stride);
       j += 1;
     }
   }

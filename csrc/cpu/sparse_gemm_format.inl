@@ -114,14 +114,29 @@ inline uint32_t full_word(const uint8_t* row, int64_t word) {
   return bits;
 }
 
+/// Words `word` (in the lower half) and word + 1.
+template <bool kAllAtoms>
+inline uint64_t full_word_pair(const uint8_t* row, int64_t word) {
+  if constexpr (kAllAtoms) return ~uint64_t{0};
+  uint64_t bits;
+  std::memcpy(&bits, row + 4 * word, sizeof(bits));
+  return bits;
+}
+
 /// The last, partial word: only the row's own bytes are read, bits at and above n_atoms cleared.
 template <bool kAllAtoms>
 inline uint32_t tail_word(const uint8_t* row, int64_t n_atoms) {
   const int64_t first_byte = n_atoms / kMaskWord * 4;
   const int64_t n_bits = n_atoms % kMaskWord;
+  const int64_t n_bytes = (n_bits + 7) / 8;
   uint32_t bits = kAllAtoms ? ~uint32_t{0} : 0;
-  for (int64_t byte = 0; !kAllAtoms && 8 * byte < n_bits; ++byte) {
-    bits |= static_cast<uint32_t>(row[first_byte + byte]) << (8 * byte);
+  if (!kAllAtoms && first_byte >= 4) {  // the row's last four bytes
+    std::memcpy(&bits, row + first_byte + n_bytes - 4, sizeof(bits));
+    bits >>= 8 * (4 - n_bytes);
+  } else {
+    for (int64_t byte = 0; !kAllAtoms && byte < n_bytes; ++byte) {
+      bits |= static_cast<uint32_t>(row[first_byte + byte]) << (8 * byte);
+    }
   }
   return bits & ((uint32_t{1} << n_bits) - 1);
 }
