@@ -98,7 +98,7 @@ void multiply_few(const ConstTypedMatrix& x,
     const int64_t first = task * run;
     const int64_t count = std::min(run, atoms.cols - first);
     kernels.multiply_dictionary(
-        dictionary, first, count, inputs.data(), x.cols, x.rows, out, kernels.block);
+        dictionary, first, count, x.dtype, inputs.data(), x.cols, x.rows, out, kernels.block);
     for (int64_t r = 0; r < x.rows; ++r) {
       conversions.store_floats(products.dtype,
                                count,

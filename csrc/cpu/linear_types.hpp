@@ -24,10 +24,12 @@ struct LinearKernels {
   /// Atoms that one pass over the inputs takes together.
   int64_t block;
   /// out(r, j) = sum over the inputs i of x(r, i) dictionary(i, first + j), for r < rows <=
-  /// max_rows and j < n_atoms <= block, in the order of i. `out` has room for `block` columns.
+  /// max_rows and j < n_atoms <= block, in the order of i. `x_dtype`:
+  /// the type whose values x holds, as floats. `out` has room for `block` columns.
   void (*multiply_dictionary)(const StoredDictionary& dictionary,
                               int64_t first,
                               int64_t n_atoms,
+                              DType x_dtype,
                               const float* x,
                               int64_t x_stride,
                               int64_t rows,

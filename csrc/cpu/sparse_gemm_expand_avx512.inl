@@ -4,6 +4,14 @@
 template <int kRows>
 inline constexpr int kColumnsInFlight = kRows <= 4 ? 4 : 2;
 
+/// Columns expanded together for more than one tile of rows (sparse_gemm_staged.inl): their sums
+/// with eight rows leave a few registers free.
+constexpr int kStagedColumns = 3;
+
+/// Words of these columns expanded at a time, so that they and a tile's words of z stay in the
+/// cache.
+constexpr int64_t kStagedWords = 64;
+
 constexpr int64_t kFewRows = 32;  // measured: from here on panels are faster
 constexpr int64_t kByteRows =
     2;  // measured: with more, pairs of bfloat16 save more than a scratch costs

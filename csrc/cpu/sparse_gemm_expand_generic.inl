@@ -4,6 +4,10 @@
 template <int kRows>
 inline constexpr int kColumnsInFlight = 1;
 
+/// Columns expanded together for more than one tile of rows; 0: every tile expands its own.
+constexpr int kStagedColumns = 0;
+constexpr int64_t kStagedWords = 1;
+
 constexpr int64_t kFewRows = 8;          // measured: from here on panels are faster
 constexpr int64_t kByteRows = kFewRows;  // the product is in float either way
 

@@ -15,6 +15,41 @@ constexpr int64_t kCacheLine = 64;
 template <class C>
 inline constexpr int64_t kPairLines = 2 * kMaskWord * static_cast<int64_t>(sizeof(C)) / kCacheLine;
 
+/// Rows of the register tile used when `left` rows remain.
+constexpr int64_t row_tile(int64_t left) { return left > 4 ? 8 : (left > 2 ? 4 : left); }
+
+constexpr int64_t padded_rows(int64_t rows) {
+  int64_t padded = 0;
+  while (padded < rows) padded += row_tile(rows - padded);
+  return padded;
+}
+
+static_assert(padded_rows(kFewRows) <= kMaxFewRows);
+
+/// Calls `body(rows of the tile as a constant, its first row)` for the register tiles of `rows`
+/// rows.
+template <class Body>
+inline void for_each_row_tile(int64_t rows, const Body& body) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t tile = row_tile(rows - r);
+    switch (tile) {
+      case 1:
+        body(std::integral_constant<int, 1>{}, r);
+        break;
+      case 2:
+        body(std::integral_constant<int, 2>{}, r);
+        break;
+      case 4:
+        body(std::integral_constant<int, 4>{}, r);
+        break;
+      default:
+        body(std::integral_constant<int, 8>{}, r);
+        break;
+    }
+    r += tile;
+  }
+}
+
 /// Elements of one prepared row. The rows of a register tile lie vector by vector beside each
 /// other, so that one pointer finds them all.
 template <class Format>
@@ -44,6 +79,37 @@ struct FetchAhead {
   int64_t coeffs;  ///< elements
   int64_t mask_bytes;
 };
+
+/// Fetches as much as two mask words from `p` on may take.
+template <class C>
+inline __attribute__((always_inline)) void prefetch_pair(const C* p) {
+  constexpr int64_t kLineCoeffs = kCacheLine / static_cast<int64_t>(sizeof(C));
+#pragma GCC unroll 4
+  for (int64_t line = 0; line < kPairLines<C>; ++line) {
+    __builtin_prefetch(p + line * kLineCoeffs, 0, 2);
+  }
+}
+
+/// The columns to fetch while `kColumns` of them are read together.
+template <class C>
+inline FetchAhead fetch_ahead(const SparseColumns& s, int64_t columns_together) {
+  const int64_t column_bytes = s.coeffs_stride * static_cast<int64_t>(sizeof(C));
+  const int64_t group_bytes = columns_together * std::max<int64_t>(column_bytes, kCacheLine);
+  const int64_t columns = columns_together * (1 + kPrefetchBytes / group_bytes);
+  return {.coeffs = s.is_decoded ? 0 : columns * s.coeffs_stride,
+          .mask_bytes = columns * s.mask_stride};
+}
+
+/// totals[i] = the lanes of sums[i] added up, kCount vectors.
+template <int kCount>
+inline void sum_vectors(const Vec<float>* sums, float* totals) {
+  if constexpr (kCount % 4 == 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i += 4) sum_lanes_of_four(sums + i, totals + i);
+  } else {
+    for (int i = 0; i < kCount; ++i) totals[i] = sum_lanes(sums[i]);
+  }
+}
 
 /// sum(r) += z(r) S for one word of a column, expanded from `bits` and the coefficients at `p`.
 template <class Format, int kRows>
@@ -78,7 +144,6 @@ inline void multiply_word_pairs(const uint8_t* mask,
                                 const typename Format::Coeff** p,
                                 Vec<float> (*sums)[kRows]) {
   using C = typename Format::Coeff;
-  constexpr int64_t kLineCoeffs = kCacheLine / static_cast<int64_t>(sizeof(C));
   constexpr int64_t kWordStride = kRows * Format::kWordElements;
   // copies of their own, that nothing but registers needs to hold
   const C* at[kColumns];
@@ -102,11 +167,7 @@ inline void multiply_word_pairs(const uint8_t* mask,
       const uint64_t bits = full_word_pair<kAllAtoms>(mask + c * mask_stride, word);
       const WordPair<C, kAllAtoms> pair(bits);
       multiply_word<Format, kRows>(pair.lower(), at[c], z_word, sum[c]);
-      const C* const fetched = at[c] + ahead.coeffs;
-#pragma GCC unroll 4
-      for (int64_t line = 0; line < kPairLines<C>; ++line) {
-        __builtin_prefetch(fetched + line * kLineCoeffs, 0, 2);
-      }
+      prefetch_pair(at[c] + ahead.coeffs);
       const C* const next = at[c] + __builtin_popcount(static_cast<uint32_t>(bits));
       at[c] += __builtin_popcountll(bits);
       multiply_word<Format, kRows>(pair.upper(), next, z_word + kWordStride, sum[c]);
@@ -173,12 +234,7 @@ inline void multiply_columns(const SparseColumns& s,
     }
   }
   float totals[kColumns * kRows];
-  if constexpr (kColumns * kRows % 4 == 0) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kColumns * kRows; i += 4) sum_lanes_of_four(&sum[0][0] + i, totals + i);
-  } else {
-    for (int i = 0; i < kColumns * kRows; ++i) totals[i] = sum_lanes((&sum[0][0])[i]);
-  }
+  sum_vectors<kColumns * kRows>(&sum[0][0], totals);
   const bool is_first = block.first_word == 0;
   for (int c = 0; c < kColumns; ++c) {
     if (block.offsets != nullptr) block.offsets[c] = p[c] - column_coeffs<C>(s, column + c);
@@ -200,11 +256,7 @@ void multiply_rows(const SparseColumns& s,
                    int64_t out_stride) {
   using C = typename Format::Coeff;
   constexpr int kColumns = kColumnsInFlight<kRows>;
-  const int64_t column_bytes = s.coeffs_stride * static_cast<int64_t>(sizeof(C));
-  const int64_t columns_ahead =
-      kColumns * (1 + kPrefetchBytes / (kColumns * std::max<int64_t>(column_bytes, kCacheLine)));
-  const FetchAhead ahead{.coeffs = s.is_decoded ? 0 : columns_ahead * s.coeffs_stride,
-                         .mask_bytes = columns_ahead * s.mask_stride};
+  const FetchAhead ahead = fetch_ahead<C>(s, kColumns);
   int64_t* const offsets = block.offsets;
   int64_t j = 0;
   while (j < n_columns) {
@@ -248,17 +300,6 @@ void multiply_row_tile(const SparseColumns& s,
   }
 }
 
-/// Rows of the register tile used when `left` rows remain.
-constexpr int64_t row_tile(int64_t left) { return left > 4 ? 8 : (left > 2 ? 4 : left); }
-
-constexpr int64_t padded_rows(int64_t rows) {
-  int64_t padded = 0;
-  while (padded < rows) padded += row_tile(rows - padded);
-  return padded;
-}
-
-static_assert(padded_rows(kFewRows) <= kMaxFewRows);
-
 inline int64_t prepared_size(int64_t rows, int64_t n_atoms) noexcept {
   return padded_rows(rows) * prepared_row<FloatFormat<float>>(n_atoms);
 }
@@ -286,32 +327,22 @@ void prepare_rows(const StoredRows& z, int64_t n_atoms, typename Format::Element
   }
 }
 
+/// Register tile after register tile, each of which reads all columns.
 template <class Format, bool kAllAtoms>
-void multiply_few_rows(const SparseColumns& s,
-                       int64_t first,
-                       int64_t n_columns,
-                       int64_t rows,
-                       const typename Format::Element* z,
-                       float* out,
-                       int64_t out_stride) {
-  for (int64_t r = 0; r < rows;) {
-    const typename Format::Element* z_tile = z + r * prepared_row<Format>(s.n_atoms);
-    float* out_tile = out + r * out_stride;
-    const int64_t tile = row_tile(rows - r);
-    r += tile;
-    switch (tile) {
-      case 1:
-        multiply_row_tile<Format, 1, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
-        break;
-      case 2:
-        multiply_row_tile<Format, 2, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
-        break;
-      case 4:
-        multiply_row_tile<Format, 4, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
-        break;
-      default:
-        multiply_row_tile<Format, 8, kAllAtoms>(s, first, n_columns, z_tile, out_tile, out_stride);
-        break;
-    }
-  }
+void multiply_tile_by_tile(const SparseColumns& s,
+                           int64_t first,
+                           int64_t n_columns,
+                           int64_t rows,
+                           const typename Format::Element* z,
+                           float* out,
+                           int64_t out_stride) {
+  for_each_row_tile(rows, [&](auto tile, int64_t row) {
+    multiply_row_tile<Format, decltype(tile)::value, kAllAtoms>(
+        s,
+        first,
+        n_columns,
+        z + row * prepared_row<Format>(s.n_atoms),
+        out + row * out_stride,
+        out_stride);
+  });
 }

@@ -26,6 +26,7 @@ namespace {
 #include "cpu/sparse_gemm_expand_avx2.inl"
 #include "cpu/sparse_gemm_format.inl"
 #include "cpu/sparse_gemm_few.inl"
+#include "cpu/sparse_gemm_staged.inl"
 #include "cpu/sparse_gemm_panels.inl"
 #include "cpu/decode_fields_avx2.inl"
 #include "cpu/decode_fields.inl"

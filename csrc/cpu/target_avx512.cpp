@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,7 @@ namespace {
 #include "cpu/sparse_gemm_expand_avx512.inl"
 #include "cpu/sparse_gemm_format.inl"
 #include "cpu/sparse_gemm_few.inl"
+#include "cpu/sparse_gemm_staged.inl"
 #include "cpu/sparse_gemm_panels.inl"
 #include "cpu/decode_fields_avx512.inl"
 #include "cpu/decode_fields.inl"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -27,6 +29,15 @@ def test_contenders_take_turns():
     )
     assert order == ["a", "b"] * 4  # one round to warm up
     assert all(t.n == 3 and t.clock == "wall" and t.median > 0 for t in timings.values())
+
+
+def test_bursts_are_counted_per_call():
+    order = []
+    calls = {"a": lambda: (order.append("a"), time.sleep(0.05)), "b": lambda: order.append("b")}
+    timings = measure_in_turn(calls, repeats=2, clock="wall", burst=3)
+    assert order == ["a", "b"] + ["a", "a", "a", "b", "b", "b"] * 2
+    assert timings["a"].n == 2
+    assert 0.05 <= timings["a"].best < 0.15
 
 
 def test_quartiles():

@@ -58,11 +58,14 @@ def show_command(
     typer.echo(built.to_yaml(), nl=False)
 
 
-@recipe_app.command("validate", short_help="Check a recipe; an error is named by file, line and key.")
+@recipe_app.command(
+    "validate", short_help="Check a recipe; an error is named by file, line and key."
+)
 def validate_command(recipe: Path = typer.Argument(..., help="YAML file.")) -> None:
     """Check a recipe; the first error is named with file, line and key, the next one once it is corrected.
 
-    Exit code 2: it cannot be used."""
+    Exit code 2: it cannot be used.
+    """
     from cospadi.pipeline.recipe_file import read_recipe
 
     read_recipe(recipe)

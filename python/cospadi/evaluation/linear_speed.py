@@ -38,6 +38,8 @@ TORCH_BF16, TORCH_FP32, OWN_DENSE = "torch bf16", "torch fp32", "dense bf16, our
 
 _LEARNED_SHARE = 0.2  # of the default preset
 _SUPPORTS = 256  # different ones, each given to many outputs: drawing one per output takes minutes
+_BURST = 8  # calls of a contender together, as a decoded token makes them
+_BURST_ROWS = 32  # up to so many: calls with more take long enough alone
 _TOLERANCE = 2e-2  # of the Frobenius norm: x D and y are rounded to bfloat16
 
 
@@ -174,7 +176,12 @@ def measure_linears(
         )
     calls = {name: contender.call for name, contender in contenders.items()}
     with torch.inference_mode(), torch_threads(threads):
-        timings = measure_in_turn(calls, repeats=repeats, clock=clock_of(threads))
+        timings = measure_in_turn(
+            calls,
+            repeats=repeats,
+            clock=clock_of(threads),
+            burst=_BURST if rows <= _BURST_ROWS else 1,
+        )
     return [
         LinearSpeed(
             d_in,
