@@ -19,6 +19,9 @@ __all__ = ["linear"]
 FEW_ROWS = 8
 """Up to this many rows one native call reads dictionary and coefficients once, as they are stored."""
 
+FEW_PAIRED_ROWS = 16
+"""The same for bfloat16, of which AVX-512 multiplies pairs."""
+
 FEW_HALF_ROWS = 32
 """The same for 16-bit numbers where torch multiplies them slowly."""
 
@@ -81,8 +84,8 @@ def linear(
 
     Notes
     -----
-    Differentiable as its parts are. Without gradients and for at most `FEW_ROWS` rows (`FEW_HALF_ROWS`) on the CPU it
-    is one native call.
+    Differentiable as its parts are. Without gradients and for at most `FEW_ROWS` rows (`FEW_PAIRED_ROWS`,
+    `FEW_HALF_ROWS`) on the CPU it is one native call.
     """
     arguments = (
         x, dictionary, dictionary_scale, has_identity, mask, coeffs, sparsity, code_format,
@@ -144,6 +147,12 @@ def _is_slow(x: torch.Tensor) -> bool:
     return HALVES_ARE_SLOW and x.device.type == "cpu" and x.dtype != torch.float32
 
 
+def _few_rows(x: torch.Tensor) -> int:
+    if _is_slow(x):
+        return FEW_HALF_ROWS
+    return FEW_PAIRED_ROWS if x.dtype == torch.bfloat16 else FEW_ROWS
+
+
 def _cpu(
     x: torch.Tensor,
     dictionary: torch.Tensor | None,
@@ -163,8 +172,7 @@ def _cpu(
             "cast the model with model.to(dtype)"
         )
     width = x.shape[-1] if x.dim() else 0
-    few = FEW_HALF_ROWS if _is_slow(x) else FEW_ROWS
-    run = native.linear if x.numel() <= few * width else _composed
+    run = native.linear if x.numel() <= _few_rows(x) * width else _composed
     return run(
         x, dictionary, dictionary_scale, has_identity, mask, coeffs, sparsity, code_format,
         coeffs_scale, group, bias,

@@ -177,16 +177,20 @@ def test_opcheck(code_format, int8_atoms, all_atoms, rows):
     torch.library.opcheck(torch.ops.cospadi.linear.default, arguments)
 
 
-@pytest.mark.parametrize("rows", [linear_op.FEW_ROWS, linear_op.FEW_ROWS + 1])
-def test_few_and_many_rows_agree(rows):
-    arguments, dictionary, coeffs = make_linear(rows, 70, 45, 33)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize("few", [linear_op.FEW_ROWS, linear_op.FEW_PAIRED_ROWS])
+def test_few_and_many_rows_agree(few, beyond, dtype):
+    arguments, dictionary, coeffs = make_linear(few + beyond, 70, 45, 33, dtype=dtype)
     assert_matches(linear_op.linear(*arguments), arguments, dictionary, coeffs)
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("all_atoms", [False, True])
-@pytest.mark.parametrize("rows", [linear_op.FEW_ROWS + 1, linear_op.FEW_HALF_ROWS + 1])
+@pytest.mark.parametrize(
+    "rows", [linear_op.FEW_ROWS + 1, linear_op.FEW_PAIRED_ROWS + 1, linear_op.FEW_HALF_ROWS + 1]
+)
 def test_whatever_torch_is_fast_at(rows, all_atoms, dtype, is_slow, monkeypatch):
     monkeypatch.setattr(linear_op, "HALVES_ARE_SLOW", is_slow)
     arguments, dictionary, coeffs = make_linear(rows, 70, 45, 33, all_atoms=all_atoms, dtype=dtype)
