@@ -139,7 +139,10 @@ def test_more_atoms_than_signals_and_signals_of_zeros():
         ({"selection": "mp"}, "^selection: expected 'omp' or 'ormp'"),
         ({"signals": np.zeros((3, 5))}, "atoms: expected 5 features as in the signals, got 24"),
         ({"signals": np.zeros(24)}, r"signals: expected a matrix, got shape \(24,\)"),
-        ({"signals": np.zeros((3, 24), np.float32)}, "atoms: expected the type of the signals"),
+        (
+            {"signals": np.zeros((3, 24), np.float32)},
+            "atoms: expected the type of the signals, float32, got float64; convert",
+        ),
         ({"signals": torch.zeros((3, 24)).double()}, "^atoms: .* signals, Tensor, got ndarray"),
         ({"signals": np.full((3, 24), np.nan)}, "^signals: hold values that are not finite"),
         ({"signals": np.full((3, 24), 1.7e308)}, "^signals: too large"),

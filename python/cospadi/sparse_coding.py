@@ -311,12 +311,18 @@ def _check_kind(atoms: object, signals: object) -> None:
 def _check_pair(atoms: torch.Tensor, signals: torch.Tensor) -> None:
     if atoms.dtype != signals.dtype:
         raise InputError(
-            f"atoms: expected the type of the signals, {signals.dtype}, got {atoms.dtype}"
+            f"atoms: expected the type of the signals, {_type_name(signals)}, got {_type_name(atoms)}"
+            "; convert one of the two"
         )
     if atoms.shape[1] != signals.shape[1]:
         raise InputError(
             f"atoms: expected {signals.shape[1]} features as in the signals, got {atoms.shape[1]}"
         )
+
+
+def _type_name(tensor: torch.Tensor) -> str:
+    """The name that NumPy and torch share."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _like(example: Array, tensor: torch.Tensor) -> Array:

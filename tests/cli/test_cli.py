@@ -86,6 +86,8 @@ def test_verify_and_export(compressed, cli, tiny_model_dir, tmp_path):
     assert "14 of 14 stated errors hold" in stdout
     code, _, _ = cli("export", "--dense", out, "--out", tmp_path / "dense")
     assert code == 0 and (tmp_path / "dense/config.json").exists()
+    code, _, stderr = cli("export", "--dense", tmp_path / "dense", "--out", tmp_path / "again")
+    assert code == 0 and "is not compressed; its weights are copied as bfloat16" in stderr
     weights = out / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -93,6 +93,8 @@ def export_model(
         export_dense(path, out_dir, STORAGE_DTYPES[dtype])
         return
     source = _open_dense(path, warn)
+    if warn is not None:
+        warn(f"{path}: is not compressed; its weights are copied as {dtype}")
     save_dense(source.model, source.tokenizer, out_dir, STORAGE_DTYPES[dtype])
 
 
